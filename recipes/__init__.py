@@ -1,4 +1,4 @@
-"""What people run: each recipe is a module with `main(argv=None)`."""
+"""The recipes: each is a module with `main(argv=None)`."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from steertune.recipes.lab.quiet import quiet_imports
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """An uncaught exception of a command; an interrupt during the slow imports prints no traceback."""
+    """Exception hook of a command: an interrupt during the slow imports prints no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nInterrupted before anything began.", file=sys.stderr, flush=True)
         os._exit(130)

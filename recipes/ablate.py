@@ -6,11 +6,11 @@
     accelerate launch --multi_gpu --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
     python -m steertune.recipes.ablate mine.toml --folder runs/mine --reuse runs/quick
 
-Processes share the cells between them: `--workers`, which `--engine ray` runs on a cluster; those of one launch; or
-any that were started apart on the same folder. A process that dies loses only the cell it was running. A killed
-grid continues where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the
-folder, and the table is what to commit of a long study. Cells found in the folder of another grid (`--reuse`) are
-not run again. Then read the results with `python -m steertune.recipes.report runs/quick`.
+Several processes can share the cells: `--workers` (on a cluster with `--engine ray`), the processes of one launch, or
+any that are started separately on the same folder. A process that dies loses only the cell it was running. A killed
+grid continues where it stopped, from its `cells.parquet` and the cells that ran since. Both are in the folder; of a
+long study, commit the table. Cells found in the folder of another grid (`--reuse`) are not run again. Then read the
+results with `python -m steertune.recipes.report runs/quick`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _PACK_SECONDS = 600
 @command
 def main(
     grid: Annotated[str, Argument(help="a .toml file or a name in recipes/configs/grids/", autocompletion=grid_names)],
-    folder: Annotated[Path | None, Option(help="where cells are kept (runs/<name of the grid>)")] = None,
+    folder: Annotated[Path | None, Option(help="folder of the cells (runs/<name of the grid>)")] = None,
     reuse: Annotated[
         list[Path] | None, Option("--reuse", "--known", help="folders of other grids with the same cells")
     ] = None,
-    data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
+    data_root: Annotated[Path | None, Option(help="folder that relative task names refer to")] = None,
     threads: Threads = None,
     workers: Annotated[int, Count("processes that share the cells")] = 1,
     engine: Annotated[str, Choice(modules_in("recipes/ablation/workers"), "what runs several workers")] = "local",
@@ -74,17 +74,17 @@ def main(
     folder = folder or Path("runs") / loaded.tables.name
     cells = loaded.cells()
     # the folder's own table has the tuning results that further seeds need
-    own_folder = [folder] if (folder / TABLE).is_file() else []
-    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
+    this_folder = [folder] if (folder / TABLE).is_file() else []
+    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *this_folder]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses a card that differs from that of the cells
     _check(loaded, context, show=rank == 0)
     if not dry_run:
-        write_grid(folder, loaded, words)  # before any cell is here: it fixes the card
+        write_grid(folder, loaded, words)  # before the first cell, since it fixes the card
         reusable.take(cells, folder)
     elif reuse and rank == 0:
-        print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
-    # refuse here what would fail in a cell, in dry runs too
+        print(f"{len(reusable.of(cells))} cells can be reused; below, they are counted as left.")
+    # refuse here what would fail in a cell, also in dry runs
     notes = rehearse_grid([cell for cell in cells if not store.has(cell)], context)
     if rank == 0:
         print("\n".join(notes) + "\n" * bool(notes), end="")
@@ -124,7 +124,7 @@ def _check(grid: Grid, context: Context, show: bool) -> None:
 
 
 def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:
-    """The command line of one worker, from the command line that asked for several."""
+    """The command line of one worker, from the command line that started several."""
     rest, words = [], list(words)
     while words:
         word = words.pop(0)
@@ -138,9 +138,9 @@ def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str
 
 
 def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True) -> list[str]:
-    """Run every cell that has neither run nor is being run by another process.
+    """Run every cell that is not done and not being run by another process.
 
-    A failed cell leaves `failed.json` and is tried again by the next start. The table of all cells is written every
+    A failed cell leaves `failed.json` and is tried again at the next start. The table of all cells is written every
     few minutes and at the end.
 
     Returns:
@@ -163,7 +163,7 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
                 if time.monotonic() - packed > _PACK_SECONDS:
                     store.pack()
                     packed = time.monotonic()
-            # other processes are running all that is left: wait until they finish or die
+            # other processes are running all remaining cells: wait until they finish or die
             if len(busy) == len(waiting):
                 time.sleep(1.0)
             waiting = busy
@@ -172,8 +172,8 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
 
 
 def _claimed(cell: Cell, context: Context, folder: Path, started: float, bar: Bar) -> str:
-    """Run a cell unless it is done, another process is running it, or it failed in one since this one started. The
-    lock is released when the process that holds it ends."""
+    """Run a cell unless it is done, is being run by another process, or failed since this process started. The lock is
+    released when the process that holds it ends."""
     home = folder / cell.path
     failure = home / "failed.json"
     home.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
     words = list(words)
     for i, word in enumerate(words):
         if Path(word).is_absolute():
-            words[i] = Path(word).name  # of the grid
+            words[i] = Path(word).name  # the grid's file
         if word in ("--data-root", "--folder", "--reuse", "--known"):
             words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
     command = " ".join(["python -m steertune.recipes.ablate", *words])

@@ -6,9 +6,9 @@
 
 A steering vector can be made part of a model, as a bias that every tool then loads silently (`steertune export --to
 merged` writes one). Without `--base`, a bias is suspicious if it is zero in most blocks, or far longer in one than in
-the others; with `--base`, every difference is found. A bias counts only if the model's own forward pass shows that it
-adds the same vector at every token. `--vectors` compares the findings with your own vectors. `--output` writes the
-checkpoint without the vectors that are certain, and these as an adapter, and compares the two with the original.
+the others; with `--base`, every difference is found. A bias counts only if the model's forward pass shows that it adds
+the same vector at every token. `--vectors` compares the findings with your own vectors. `--output` writes the
+checkpoint without the vectors that are certain, and these as an adapter, and compares both together with the original.
 
 The exit code is 1 if something is found. Only biases are searched: with `--base`, weight matrices that were changed
 are listed, but not explained.
@@ -43,7 +43,7 @@ _SHOWN = 8  # how many differing parameters are listed
 @command
 def main(
     model: Annotated[str, Argument(help="checkpoint: embedded, a local folder or a Hub name")],
-    base: Annotated[str | None, Option(help="the model that it may have been made from")] = None,
+    base: Annotated[str | None, Option(help="the model from which it was made")] = None,
     vectors: Annotated[
         list[Path] | None, Option(metavar="FOLDER ...", help="adapters to compare the findings with")
     ] = None,
@@ -74,7 +74,7 @@ def _load(name: str) -> tuple[Any, Any]:
         ArmError: it is an adapter, or not a model.
     """
     if (Path(name) / "adapter_config.json").is_file():
-        raise ArmError(f"{name} is an adapter folder: nothing is baked into a model. `steertune info` describes it.")
+        raise ArmError(f"{name} is an adapter folder, not a checkpoint. `steertune info` describes it.")
     try:
         return load_model(ModelTable(name=name))
     except ValidationError as error:
@@ -114,15 +114,15 @@ def _matches(constant: Constant, vectors: dict[Path, dict[int, Tensor]]) -> list
 
 @torch.no_grad()
 def _undo(model: Any, tokenizer: Any, result: Audit, output: Path) -> dict[str, Any]:
-    """Write the checkpoint without the certain vectors, and these as an adapter; return how both together compare with
-    the original.
+    """Write the checkpoint without the certain vectors, and these as an adapter; return a comparison of both together
+    with the original.
 
     Raises:
-        ArmError: nothing is certain.
+        ArmError: no vector is certain.
     """
     constants = [one for one in result.constants if one.certain]
     if not constants:
-        raise ArmError("--output: no constant vector is certain, so nothing was removed. Give the --base.")
+        raise ArmError("--output: no constant vector is certain, so nothing was removed. Give --base.")
     ids = torch.arange(3, 19)[None]
     original = model(input_ids=ids).logits
     without(model, constants)
@@ -160,7 +160,7 @@ def _text(data: dict[str, Any], result: Audit) -> str:
             f"{one['parameter']} adds a vector of length {one['length']:.4g} to {where} at every token: {one['why']}."
         )
         if not one["certain"]:
-            lines.append("  It may belong to the model. Give the --base to be certain.")
+            lines.append("  It may belong to the model. Give --base to be certain.")
         lines += [
             f"  {match['folder']}: cosine {match['cosine']:.4f}, so it is that vector at strength "
             f"{match['strength']:.4g}."

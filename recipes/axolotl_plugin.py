@@ -10,7 +10,7 @@
 
 The table takes the fields of `SteeringVectorConfig`. Training, data and losses (also `rl: dpo`, `ipo`, `kto`) are
 axolotl's; `lora_model_dir:` continues a saved vector. An `init` that is computed from data is refused, because axolotl
-has no place to compute it before training.
+has no hook to compute it before training.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def peft_config(table: dict[str, Any]) -> SteeringVectorConfig:
     config = SteeringVectorConfig(**table)
     if config.init_from_data:
         raise ArmError(
-            f"init={config.init!r} is computed from pairs before training, and axolotl has no place for that. Use "
+            f"init={config.init!r} is computed from pairs before training, but axolotl has no hook for that. Use "
             "zeros or random, or save a vector with the direction first (directions.compute) and name its folder in "
             "lora_model_dir."
         )

@@ -1,11 +1,11 @@
-"""Talk to the base and the steered model side by side, and change the strength while talking.
+"""Chat with the base and the steered model side by side, and change the strength during the chat.
 
     python -m steertune.recipes.chat runs/vector_dpo-cautious_advice/adapter
 
 Each model remembers its own answers. A line that starts with / is a command:
 
-    /strength 2     from now on; negative is the opposite
-    /both  /alone   with the base model beside, or without
+    /strength 2     use this strength from now on; negative is the opposite
+    /both  /alone   with or without the base model
     /reset          forget the conversation
     /quit           (or the end of the input)
 """
@@ -37,8 +37,8 @@ _HELP = "Commands: /strength NUMBER, /both, /alone, /reset, /quit"
 def main(
     folder: Annotated[Path, Argument(help="adapter folder")],
     model: Base = None,
-    strength: Annotated[float, Option(help="at the start")] = 1.0,
-    new_tokens: Annotated[int, Count("longest answer")] = 60,
+    strength: Annotated[float, Option(help="strength at the start")] = 1.0,
+    new_tokens: Annotated[int, Count("tokens of the longest answer")] = 60,
     temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
     threads: Threads = None,
 ) -> None:
@@ -49,13 +49,13 @@ def main(
     chat = Chat(steered, tokenizer, strength, new_tokens, temperature)
     print(_HELP)
     if not has_template(tokenizer):
-        print("The tokenizer has no chat template: every line is continued by itself, as plain text.")
+        print("The tokenizer has no chat template: every line is a separate prompt, continued as plain text.")
     for line in chat.talk(_typed()):
         print(line, flush=True)
 
 
 def check_settings(strength: float, new_tokens: int, temperature: float) -> None:
-    """Raise a ValueError unless strength and temperature are finite and answers may have tokens."""
+    """Raise a ValueError unless strength and temperature are finite and `new_tokens` is at least 1."""
     if not math.isfinite(strength) or new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError(
             f"strength={strength}, new_tokens={new_tokens}, temperature={temperature}: strength must be finite, "
@@ -79,7 +79,7 @@ class Chat:
         self._histories: dict[str, list[dict[str, str]]] = {"base": [], "steered": []}
 
     def talk(self, lines: Iterable[str]) -> Iterable[str]:
-        """What to print for every typed line."""
+        """Yield what to print for every typed line."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -125,13 +125,13 @@ class Chat:
             if context is not None and tokens + self.new_tokens > context:
                 yield (
                     f"This takes {tokens} tokens and its answer up to {self.new_tokens}, the model reads {context}. "
-                    "/reset forgets the conversation; a shorter line, or fewer --new-tokens, needs less."
+                    "Forget the conversation with /reset, type a shorter line, or lower --new-tokens."
                 )
                 return
             try:
                 with scaled(self.model, strength):
                     [answer] = generate(self.model, self.tokenizer, [prompt], self.new_tokens, self.temperature)
-            except Exception as error:  # a chat goes on: at another strength, or after /reset
+            except Exception as error:  # the chat can continue at another strength, or after /reset
                 yield f"{side}: no answer: {type(error).__name__}: {error}"
                 continue
             history[:] = [*messages, {"role": "assistant", "content": answer}]
@@ -139,9 +139,9 @@ class Chat:
 
 
 def _typed() -> Iterable[str]:
-    """Lines of standard input, with a prompt if a person types them."""
+    """Lines of standard input, with a prompt on a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 end no conversation
+        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the chat
     while True:
         try:
             yield input("you> " if sys.stdin.isatty() else "")

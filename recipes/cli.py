@@ -4,9 +4,9 @@
     steertune train vector_sft --data.name my_pairs.jsonl
     steertune --install-completion
 
-is `python -m steertune.recipes.train vector_sft ...`. A recipe is a file of this folder, or of `studies/`, that
-defines `main`. Its options are read from the file, and it is imported when it runs: so help, completion and errors
-come at once.
+`steertune train` is `python -m steertune.recipes.train`. A recipe is a file of this folder, or of `studies/`, that
+defines `main`. Its options are read from the file, and it is imported only when it runs, so that help, completion and
+errors appear at once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from steertune.recipes.lab.parsing import SETTINGS, RootGroup
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "studies", _HERE)
-"""Studies come first, since a module of this folder may only forward to one under its former name."""
+"""Studies come first, since a module of this folder can be the former name of one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in commands():
         return load(words[0])(words[1:])
@@ -57,16 +57,16 @@ def find(name: str) -> tuple[Path, str]:
 
 
 def load(name: str) -> Callable[[Sequence[str]], int]:
-    """A recipe's `main`; only its options are read until it runs."""
+    """A recipe's `main`; until it runs, only its options are read."""
     file, module = find(name)
     return outline(file, module) or importlib.import_module(module).main
 
 
 def outline(file: Path, module: str) -> Command | Group | None:
-    """The command that a file defines, without importing what its functions need: they import the module when called.
+    """The command that a file defines, without the imports of its functions: they import the module when called.
 
     Returns:
-        The command; None if `main` is a function that reads its words itself.
+        The command; None if `main` is a function that parses its arguments itself.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     defined = _definitions(tree)
@@ -81,10 +81,10 @@ def outline(file: Path, module: str) -> Command | Group | None:
     for name in called:  # keep the docstring; the body runs in the real module
         stub: Any = defined[name]
         stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
-    kept = _needed("main", defined)
+    needed = _needed("main", defined)
     docstring = [ast.Expr(ast.Constant(ast.get_docstring(tree, clean=False) or ""))]
     future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-    tree.body = [*docstring, *future, *(node for node in tree.body if node in kept and node not in future)]
+    tree.body = [*docstring, *future, *(node for node in tree.body if node in needed and node not in future)]
 
     def imported(name: str) -> Callable[..., Any]:
         real = vars(importlib.import_module(module))[name]

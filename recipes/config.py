@@ -1,9 +1,9 @@
-"""The path of a configuration for `accelerate launch`.
+"""Print the path of a configuration for `accelerate launch`.
 
     accelerate launch --config_file $(steertune config zero2) -m steertune.recipes.train
 
-Without a name it lists them. GPUs: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 (eight processes:
-`--num_processes` says otherwise). Two processes on a CPU, to try things: cpu_ddp, cpu_zero1, cpu_zero2, cpu_zero3.
+Without a name it lists them. GPUs: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 (eight processes, unless
+`--num_processes` is set). Two processes on a CPU, for tests: cpu_ddp, cpu_zero1, cpu_zero2, cpu_zero3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def configurations(incomplete: str = "") -> list[str]:
 
 @command
 def main(
-    name: Annotated[str | None, Argument(help="without .yaml", autocompletion=configurations)] = None,
+    name: Annotated[str | None, Argument(help="its name, without .yaml", autocompletion=configurations)] = None,
 ) -> Result:
     """Find a configuration, or list them all."""
     files = {name: LAUNCHES / f"{name}.yaml" for name in configurations()}

@@ -1,20 +1,20 @@
-"""Train a model to respond to contrast prompts, and measure it on tasks that it never saw.
+"""Train a model to respond to contrast prompts, and measure it on unseen tasks.
 
     python -m steertune.recipes.contrast_prompts embedded --folder runs/contrast_prompts
     python -m steertune.recipes.contrast_prompts wide --data-root DATA --steering vector_dpo lora_dpo
 
 A contrast prompt shows pairs of the task ("Good response: ... Bad response: ..."), then asks for a good response. The
-file names the tasks: `seen` ones, of which contrast prompts are made that an adapter (`arm`) is trained on once, and
-`unseen` ones, of other data. On each of those, and for every draw of a few pairs, held-out pairs are measured
+file lists the tasks: contrast prompts are made from the `seen` tasks, and an adapter (`arm`) is trained on them once;
+the `unseen` tasks have other data. For each unseen task and every draw of a few pairs, held-out pairs are measured
 
-- without a prompt, behind the pairs' good answers (k-shot), and behind the contrast prompt;
-- by the base model, and by the one that was trained on contrast prompts;
-- and, without a prompt, by every `steering` arm, trained on these few pairs.
+- without a prompt, after the pairs' good answers (k-shot), and after the contrast prompt;
+- with the base model, and with the model that was trained on contrast prompts;
+- and, without a prompt, with every `steering` arm, trained on these few pairs.
 
-Whether the training worked at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
-contrast prompts made of the training pairs, for the base model and the trained one. If the model does not respond
+To see whether the training worked at all, held-out pairs of the seen tasks are measured without a prompt and after
+contrast prompts made from the training pairs, with the base model and the trained one. If the model does not respond
 there, unseen tasks cannot show whether a response transfers. If a task is listed twice, once with `reverse = true`,
-only reading the prompt helps.
+a model can be right on both only by reading the prompt.
 """
 
 from __future__ import annotations
@@ -73,26 +73,26 @@ _ANSWERS, _TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
 class MixtureTables(BaseModel, extra="forbid", strict=True):
-    """The file."""
+    """The tables of the file."""
 
     seen: list[str | TaskTable] = Field(min_length=1)
     unseen: list[str | TaskTable] = Field(min_length=1)
     arm: str = "lora_dpo"
-    """The arm that is trained on contrast prompts, a file or a name in `recipes/configs/arms/`; its own task is
+    """The arm that is trained on contrast prompts: a file, or a name in `recipes/configs/arms/`. Its task is
     ignored."""
     adapter: dict[str, Any] = {}
     loss: dict[str, Any] = {}
     trainer: dict[str, Any] = {"max_steps": 48, "save_steps": 16, "save_total_limit": 2}
-    """Tables that override the arm's own."""
+    """Tables that override those of the arm."""
     steering: list[str] = ["vector_dpo"]
     model: ModelTable = ModelTable()
     demonstrations: int = Field(default=4, ge=1)
-    """Pairs in a prompt."""
+    """Number of pairs in a prompt."""
     examples: int = Field(default=48, ge=2)
-    """Contrast prompts for every seen task."""
+    """Number of contrast prompts for every seen task."""
     pairs: int = Field(default=4, ge=2)
-    """Pairs of an unseen task: demonstrations are drawn from them and steering is trained on them. With as many as
-    `demonstrations`, both see the same pairs."""
+    """Number of pairs of an unseen task: demonstrations are drawn from them and steering arms are trained on them. If
+    it equals `demonstrations`, both use the same pairs."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0, 1, 2], min_length=1)
     splits: SplitTable = SplitTable(validation=2, scorer=0, test=24)
 
@@ -100,14 +100,14 @@ class MixtureTables(BaseModel, extra="forbid", strict=True):
 @command
 def main(
     file: Annotated[str, Argument(help="a .toml file, or a name in recipes/configs/mixtures/")] = "embedded",
-    data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
+    data_root: Annotated[Path | None, Option(help="folder that relative task names refer to")] = None,
     steering: Annotated[
         list[str] | None, Option(help="arms that learn from the same pairs, instead of the file's", metavar="ARM ...")
     ] = None,
     threads: Threads = None,
-    folder: Annotated[Path, Option(help="where the study is kept")] = Path("runs/contrast_prompts"),
+    folder: Annotated[Path, Option(help="folder of the study")] = Path("runs/contrast_prompts"),
 ) -> Result | None:
-    """Run the study, and print its page; of several processes the first one has the result."""
+    """Run the study, and print its page; only the first of several processes returns the result."""
     begin(threads)
     tables = read(file)
     if steering:
@@ -139,32 +139,30 @@ def read(file: str) -> MixtureTables:
 
 
 class Mixture:
-    """One study; its tasks and arms are checked when it is created. Task names that are relative paths start in
+    """One study; its tasks and arms are checked when it is created. Task names that are relative paths refer to
     `data_root`.
 
     Raises:
-        ArmError: an unseen task on the data of a seen one or with its label, too few rows or pairs, an arm that does
-            not fit.
+        ArmError: an unseen task has the data or the label of a seen one, there are too few rows or pairs, or an arm
+            does not fit.
     """
 
     def __init__(self, tables: MixtureTables, data_root: Path | None = None) -> None:
         self.tables = tables
         self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
-            raise ArmError(
-                f"{sorted(both)} are data of seen and of unseen tasks. Unseen tasks must have data of their own."
-            )
+            raise ArmError(f"{sorted(both)} are data of both seen and unseen tasks. Give the unseen tasks other data.")
         find_tasks([*self.seen, *self.unseen])  # labels must differ
         check_draws(self.unseen)
         if tables.pairs < tables.demonstrations:
             raise ArmError(
-                f"pairs={tables.pairs} of an unseen task, and {tables.demonstrations} demonstrations in a prompt: as "
-                "many pairs at least."
+                f"pairs={tables.pairs} of an unseen task must not be fewer than the {tables.demonstrations} "
+                "demonstrations in a prompt."
             )
         if tables.examples <= tables.demonstrations:
             raise ArmError(
-                f"examples={tables.examples} of a seen task, and {tables.demonstrations} demonstrations in a prompt: "
-                "one example more at least, since no prompt demonstrates itself."
+                f"examples={tables.examples} of a seen task must be more than the {tables.demonstrations} "
+                "demonstrations in a prompt, since no prompt demonstrates itself."
             )
         self.arm = self._trained_arm()
         self.steering = [self._arm(name) for name in tables.steering]
@@ -178,7 +176,9 @@ class Mixture:
     def _arm(self, name: str) -> Arm:
         arm = load_arm(name, recipe="contrast_prompts")
         if arm.data.pairing != "own":
-            raise ArmError(f"Arm {name!r}: data.pairing={arm.data.pairing!r}, and all arms here get the same pairs.")
+            raise ArmError(
+                f"Arm {name!r}: data.pairing must be 'own' (got {arm.data.pairing!r}), as all arms share pairs."
+            )
         return arm
 
     def _trained_arm(self) -> Arm:
@@ -186,7 +186,9 @@ class Mixture:
         parts = {part: {**getattr(arm, part), **getattr(tables, part)} for part in ("adapter", "loss", "trainer")}
         arm = arm.model_copy(update=parts)
         if arm.peft_config() is None:
-            raise ArmError(f"Arm {tables.arm!r} changes the base model, which is compared with: choose an adapter.")
+            raise ArmError(
+                f"Arm {tables.arm!r} changes the base model, with which it is compared. Choose an arm with an adapter."
+            )
         arm.loss_object()
         return arm
 
@@ -235,7 +237,7 @@ class Mixture:
         )
 
     def contrast_prompts(self) -> Dataset:
-        """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
+        """Pairs of all seen tasks after contrast prompts made from other pairs of the same task."""
         parts = []
         for task in self.seen:
             rows = self._trained_rows(task)
@@ -244,7 +246,7 @@ class Mixture:
         return concatenate_datasets(parts).shuffle(seed=0)
 
     def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
-        """A task's test pairs, plain or behind other pairs: for a seen task, its training pairs."""
+        """A task's test pairs, plain or after other pairs (for a seen task, its training pairs)."""
         splits, tables = self.splits[task.label], self.tables
         if prompt == "plain":
             return splits.test
@@ -298,7 +300,7 @@ class Mixture:
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
     def _held_out(self, model: Any, tokenizer: Any, pairs: Dataset) -> HeldOut:
-        """Pairs, with the neutral text and its prompts to answer."""
+        """Pairs, together with neutral text whose prompts are answered."""
         answers: dict[str, Any] = {"neutral_generations": _ANSWERS, "new_tokens": _TOKENS, "batch_size": _BATCH}
         return HeldOut(model, tokenizer, pairs, neutral_rows(tokenizer), **answers)
 
@@ -332,7 +334,7 @@ class Mixture:
         model: Callable[[], Any],
         neutral: Sequence[str] = (),
     ) -> Record:
-        """A condition's record from its file; if there is none, it is measured, also on `neutral` text."""
+        """A condition's record, from its file if there is one; otherwise it is measured, also on `neutral` text."""
         file = home / f"{condition.replace(', ', '-')}.json"
         if not file.exists():
             examples = self.tables.examples if task in self.seen else self.tables.pairs

@@ -10,7 +10,7 @@ training prompts; on these answers the arm learns its distributions (loss `conte
 
     fidelity = 1 - KL(prompted ‖ distilled) / KL(prompted ‖ base)
 
-is 1 if the adapter does what the prompt does, 0 if it is no closer to that than the base, and negative if it is
+is 1 if the adapter has the effect of the prompt, 0 if it is no closer to that than the base, and negative if it is
 further away.
 """
 
@@ -58,7 +58,7 @@ _TRAIN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 def main(
     arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
 ) -> Result | None:
-    """Distil the arm's prompt and measure it; of several processes the first one has the result."""
+    """Distil the arm's prompt and measure it; only the first of several processes returns the result."""
     with progress("Distillation"):
         record = run(load_arm(arm, overrides, recipe="distill"), threads)
     if not PartialState().is_main_process:
@@ -67,7 +67,7 @@ def main(
 
 
 def run(arm: Arm, threads: int | None = None) -> Record:
-    """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
+    """Distil the arm's prompt and measure it, in the arm's output folder; return the content of `result.json`.
 
     Raises:
         ArmError: the arm has no prompt to distil or no adapter, the data have no prompts, or the folder holds
@@ -90,7 +90,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     model.to(state.device)
     _rehearse(arm, model, tokenizer, test, view)
 
-    # the prompted model's answers to training prompts are learned, those to test prompts measure fidelity
+    # the prompted model's answers to training prompts are trained on, those to test prompts measure fidelity
     claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
@@ -128,7 +128,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
 
 
 def _rehearse(arm: Arm, model: Any, tokenizer: Any, test: Dataset, view: View) -> None:
-    """Try one row of everything, and refuse rows that are longer than the model's context behind the prompt."""
+    """Try one row of everything, and refuse rows that are longer than the model's context with the prompt."""
     rehearse(held_out_of(arm, model, tokenizer, test))
     for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
         check_context(model, tokenizer, behind(view, rows), 0, f"[views.good] of {what}")
@@ -147,16 +147,16 @@ def _measure(
 
 
 def _load_prompts(arm: Arm) -> Data:
-    """The arm's rows, which must have prompts and a held-out part."""
+    """The arm's rows, which must have prompts and held-out rows."""
     data = load_data(arm.data, partial(model_has_template, arm.model), answers=False)
     train, test = data.train, data.test
     if not len(test):
-        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
+        raise ArmError(f"{data.note} Distillation is measured on held-out prompts. Give more rows.")
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
-        raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
+        raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, but the rows have {missing[0]}.")
     if "" in [*train["prompt"], *test["prompt"]]:
         raise ArmError(
-            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
+            f"data.name={arm.data.name!r}: distillation answers prompts, but some rows have an empty one. Give a "
             "column of prompts (`data.columns.prompt`)."
         )
     return data
@@ -165,7 +165,7 @@ def _load_prompts(arm: Arm) -> Data:
 def answered(
     arm: Arm, model: Any, tokenizer: Any, view: View, rows: Dataset, seed: int, file: Path | None = None
 ) -> Dataset:
-    """Prompts with a sampled answer of the prompted model; processes share the work. Answers are kept in `file`, from
+    """Prompts with a sampled answer of the prompted model; processes share the work. Answers are saved in `file`, from
     which an interrupted run reads them.
 
     Raises:
@@ -182,7 +182,7 @@ def answered(
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
             for i in track(mine, "batch")
         }
-    # by batch; if there are fewer batches than processes, several processes take the last one
+    # merge by batch: with fewer batches than processes, several processes answer the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))
     texts = [text for i in sorted(everywhere) for text in everywhere[i]]
     pairs = zip(rows["prompt"], texts, strict=True)
@@ -195,7 +195,7 @@ def answered(
 
 
 def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
-    """Mean tokens of a request, without and with the prompt."""
+    """Mean number of tokens of a request, without and with the prompt."""
     shown = [test["prompt"], behind(view, test)["prompt"]]
     plain, prompted = (sum(prompt_lengths(tokenizer, prompts)) / len(test) for prompts in shown)
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
@@ -235,16 +235,16 @@ def _check(arm: Arm) -> None:
     loss = arm.loss_object()
     if loss is None or {*loss.needs.views} - {"neutral"} != {"good"} or loss.needs.pairs:
         raise ArmError(
-            f"loss.name={arm.loss.get('name')!r} learns no prompt: choose context_distillation or prompted."
+            f"loss.name={arm.loss.get('name')!r} does not learn from a prompt. Use context_distillation or prompted."
         )
     if arm.get(Views).tables.get("good", {}).get("name") not in ("instruction", "demonstrations"):
-        raise ArmError('[views.good] is the prompt: name = "instruction" or "demonstrations".')
+        raise ArmError('[views.good] is the prompt: its name must be "instruction" or "demonstrations".')
     if arm.peft_config() is None or arm.trainer.get("max_steps") == 0:
-        raise ArmError('adapter.type="none" or trainer.max_steps=0: distillation trains an adapter.')
+        raise ArmError('Distillation trains an adapter (got adapter.type="none" or trainer.max_steps=0).')
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:
-    """The demonstrations are training examples, for test prompts too."""
+    """The arm with the training examples as the pool of its demonstrations, for test prompts too."""
     tables = arm.get(Views).tables
     if tables["good"]["name"] != "demonstrations":
         return arm

@@ -1,11 +1,11 @@
-"""DPO on one steering vector as a plain PyTorch loop, in one file without trainer or arm.
+"""DPO on one steering vector as a plain PyTorch loop, in one file without a trainer or an arm.
 
     python recipes/dpo_loop.py
     python recipes/dpo_loop.py --data recipes/tasks/warm_tone --layer 12 --steps 32
 
 `steertune train vector_dpo` does the same with checkpoints, several processes, cached prefixes and a report; the tests
-hold the two to the same vector. Data: a folder with train.jsonl and test.jsonl, each line a prompt, a chosen and a
-rejected answer in chat format.
+check that both train the same vector. Data: a folder with train.jsonl and test.jsonl, each line a prompt, a chosen and
+a rejected answer in chat format.
 
 Shapes: P pairs, B = 2P rows (the chosen answers first, then the rejected ones), T tokens, V vocabulary.
 """
@@ -54,7 +54,7 @@ def collate(pairs: Sequence[Pair], tokenizer: Any) -> tuple[Tensor, Tensor, Tens
 
 
 def margins(model: Any, batch: tuple[Tensor, Tensor, Tensor], strength: float) -> Tensor:
-    """`log p(chosen) - log p(rejected)` in nats, `(P,)`, with the vector counted `strength` times."""
+    """`log p(chosen) - log p(rejected)` in nats, `(P,)`, with the vector multiplied by `strength`."""
     ids_BT, attention_BT, answer_BT = (tensor.to(model.device) for tensor in batch)
     with set_strength(model, strength):
         logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits.float()
@@ -91,7 +91,7 @@ def train(model: Any, tokenizer: Any, pairs: Sequence[Pair], steps: int, batch: 
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, pairs: Sequence[Pair], batch: int, strength: float) -> float:
-    """Share of pairs whose chosen answer is the more likely one."""
+    """Share of pairs whose chosen answer is more likely than the rejected one."""
     batches = [collate(pairs[i : i + batch], tokenizer) for i in range(0, len(pairs), batch)]
     margins_P = torch.cat([margins(model, batch, strength) for batch in batches])
     return (margins_P > 0).float().mean().item()
@@ -99,7 +99,7 @@ def accuracy(model: Any, tokenizer: Any, pairs: Sequence[Pair], batch: int, stre
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: list[dict[str, str]], strength: float) -> str:
-    """What the model writes, greedily, at most 40 tokens."""
+    """The model's greedy answer, at most 40 tokens."""
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     with set_strength(model, strength):
@@ -108,7 +108,7 @@ def answer(model: Any, tokenizer: Any, prompt: list[dict[str, str]], strength: f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="dpo_loop", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="pairs per step (4)")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate in units of the stream (4e-4)")
     parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of DPO, in 1/nats (0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the pairs (0)")
     options = parser.parse_args(argv)
 
     # the base model, frozen, and one vector of zeros on one layer

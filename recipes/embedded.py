@@ -1,4 +1,4 @@
-"""The embedded model by its former name, for one release: it is `steertune.recipes.lab.embedded` now."""
+"""The former name of `steertune.recipes.lab.embedded`, kept for one release."""
 
 import warnings
 

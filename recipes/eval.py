@@ -1,10 +1,10 @@
-"""Benchmarks of lm-eval at several strengths of a steering vector.
+"""Run lm-eval benchmarks at several strengths of a steering vector.
 
     steertune eval my-vector --tasks arc_easy hellaswag --limit 200
     steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
 
-A task is a name that lm-eval knows, your own task file (.yaml), an embedded task, or a file of pairs; of the last
-two, the test split is used as a choice between the two answers. A task file can name code (`!function`), and its
+A task is the name of an lm-eval task, your own task file (.yaml), an embedded task, or a file of pairs; for the last
+two, the test split becomes a choice between the two answers. A task file can name code (`!function`), and its
 templates can reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code
 allows both. Strength 0 is the base model, measured on the same rows with the same code. Standard errors are
 lm-eval's. Needs lm-eval: pip install "steertune[eval]".
@@ -61,13 +61,13 @@ STRENGTHS = [0.0, 1.0]
 def main(
     folder: Annotated[Path, Argument(help="adapter folder")],
     tasks: Annotated[list[str], Option(help="see above", metavar="TASK ...")],
-    strengths: Annotated[list[float], Option(help="of the vector", metavar="NUMBER ...")] = STRENGTHS,
+    strengths: Annotated[list[float], Option(help="strengths of the vector", metavar="NUMBER ...")] = STRENGTHS,
     columns: ColumnNames = None,
     include: Annotated[Path | None, Option(help="a folder with more task files for lm-eval")] = None,
     model: Base = None,
     dtype: DType = "float32",
     device: Device = None,
-    limit: Annotated[int | None, Count("only the first rows of every task (all)")] = None,
+    limit: Annotated[int | None, Count("use only the first rows of every task (all)")] = None,
     fewshot: Annotated[int | None, Option(help="demonstrations in front of every question (the task's own)")] = None,
     chat: Annotated[bool, Option("--chat", help="format lm-eval's own tasks with the chat template")] = False,
     batch: Annotated[int, Count("rows at a time")] = _BATCH,
@@ -109,45 +109,45 @@ def check_request(
     """Refuse impossible options before the model is loaded.
 
     Raises:
-        ArmError: names the option.
+        ArmError: the message names the option.
     """
     if not tasks or not all(tasks):
         raise ArmError("--tasks must name one task or more.")
     if repeated := sorted({name for name in tasks if tasks.count(name) > 1}):
         raise ArmError(f"--tasks names {repeated[0]!r} twice. Name it once.")
     if bad := [strength for strength in strengths if not math.isfinite(strength)]:
-        raise ArmError(f"--strengths {bad[0]}: finite numbers are expected.")
+        raise ArmError(f"--strengths {bad[0]} must be a finite number.")
     if len(set(strengths)) < len(strengths) or not strengths:
-        raise ArmError(f"--strengths {[*strengths]}: one or more, each once.")
+        raise ArmError(f"--strengths {[*strengths]} must be one or more numbers, each once.")
     if fewshot is not None and not 0 <= fewshot < 2**31:
-        raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
+        raise ArmError(f"--fewshot {fewshot} must be a whole number of 0 or more.")
     if include is not None and not include.is_dir():
         raise ArmError(f"--include {include} must be a folder that exists.")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
+        raise ArmError(f"--output {output} must be a file in a folder that exists.")
 
 
 def check_options_of_pairs(
     tasks: Sequence[str], fewshot: int | None, chat: bool, columns: Sequence[str] | None
 ) -> None:
-    """Refuse options that would spoil pairs, which are asked as they are, or that only pairs have.
+    """Refuse options that do not apply to pairs, which are formatted as in training, or that only apply to pairs.
 
     Raises:
-        ArmError: names the option.
+        ArmError: the message names the option.
     """
     pairs = [name for name in tasks if is_pairs(name)]
     if pairs and (chat or fewshot):
         option = "--chat" if chat else f"--fewshot {fewshot}"
         raise ArmError(
-            f"{option} is for lm-eval's own tasks, and {pairs[0]} holds pairs, which are asked as they were trained "
-            "on. Leave it out, or evaluate the pairs in a run of their own."
+            f"{option} is for lm-eval's own tasks, but {pairs[0]} holds pairs, which are formatted as in training. "
+            "Leave it out, or evaluate the pairs in a separate run."
         )
     if columns and not pairs:
-        raise ArmError(f"--columns names the columns of pairs, and --tasks {' '.join(tasks)} has none. Leave it out.")
+        raise ArmError(f"--columns names the columns of pairs, but --tasks {' '.join(tasks)} has none. Leave it out.")
 
 
 def check_task_files(tasks: Sequence[str], include: Path | None) -> None:
-    """Refuse task files that name code, those of a folder included.
+    """Refuse task files that name code, also those of `include`.
 
     Raises:
         ArmError: see `check_task_file`.
@@ -160,7 +160,7 @@ def check_task_files(tasks: Sequence[str], include: Path | None) -> None:
 
 
 def check_installed() -> None:
-    """Raise an ArmError where lm-eval is missing."""
+    """Raise an ArmError if lm-eval is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ArmError('lm-eval is not installed: pip install "steertune[eval]", or pip install lm-eval.')
 
@@ -190,8 +190,8 @@ def evaluate(
     positions = {c.positions for layer in steering_layers(model) for c in layer.config.values()} - {"all"}
     if positions:
         raise ArmError(
-            f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
-            "adapter cannot be told which tokens to steer. Train one with positions='all'."
+            f"positions={sorted(positions)}: lm-eval's forward passes do not tell where a prompt ends, so such an "
+            "adapter does not know which tokens to steer. Train one with positions='all'."
         )
     for strength in strengths:
         check_strength(model, strength)
@@ -215,7 +215,7 @@ def finite_logits(model: PeftModel) -> Iterator[None]:
     """Context in which NaN or infinite logits are errors; lm-eval would score them.
 
     Raises:
-        NonFiniteError: in the forward pass.
+        NonFiniteError: raised in the forward pass.
     """
 
     def check(module: Any, args: Any, output: Any) -> None:
@@ -231,7 +231,7 @@ def finite_logits(model: PeftModel) -> Iterator[None]:
 def _tasks(
     names: Sequence[str], model: Any, tokenizer: Any, include: Path | None, pairs: Mapping[str, Dataset]
 ) -> tuple[Any, list[Any]]:
-    """lm-eval's index, and the names to request from it."""
+    """lm-eval's task manager, and the tasks to run with it."""
     from lm_eval.tasks import TaskManager
 
     tasks: list[Any] = []
@@ -251,7 +251,7 @@ def _tasks(
     for name in indexed:
         if name not in manager.all_tasks:
             names_of_tasks = [*manager.all_tasks, *embedded.task_names()]
-            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, names_of_tasks)}")
+            raise ArmError(f"--tasks {name!r}: lm-eval has no such task.{nearest(name, names_of_tasks)}")
     return manager, tasks
 
 

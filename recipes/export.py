@@ -4,9 +4,9 @@
     python -m steertune.recipes.export my.gguf --from gguf --model embedded --output my-adapter
     python -m steertune.recipes.export steer.pt --from lm_eval --model embedded --output my-adapter
 
-What is written is loaded again in a fresh process without this package, and accepted only if it gives the same logits
-on some prompts; otherwise nothing is left, and the reason is printed. `--from` makes an adapter of what another tool
-has saved, and refuses what an adapter would do otherwise than that tool.
+The export is loaded again in a fresh process without this package, and kept only if it gives the same logits on some
+prompts; otherwise it is removed, and the reason is printed. `--from` makes an adapter from a file of another tool, and
+refuses files that an adapter would apply differently.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
     output: Annotated[Path, Option(help="a new folder")],
     to: Annotated[str | None, Choice(modules_in("adapters/exports"), "the tool it is for")] = None,
     origin: Annotated[
-        str | None, Choice(modules_in("adapters/exports"), "make an adapter of what this tool saved", "--from")
+        str | None, Choice(modules_in("adapters/exports"), "make an adapter from a file of this tool", "--from")
     ] = None,
     strength: Annotated[float, Option(help="baked into the export")] = 1.0,
     model: Base = None,
@@ -55,7 +55,7 @@ def main(
     if (to is None) == (origin is None):
         raise ExportError("Give either --to TOOL, to export an adapter, or --from TOOL, to make one.")
     if not math.isfinite(strength) or strength == 0:
-        raise ExportError(f"--strength {strength:g}: a finite number that is not 0 is baked into the export.")
+        raise ExportError(f"--strength {strength:g} must be a finite number that is not 0.")
     begin(threads, only_one=True)
     if to is None:
         assert origin is not None
@@ -73,7 +73,7 @@ def _export(
     is_embedded = name == "embedded"
     base, called = (str(embedded.plain_copy()), embedded.MODEL_NAME) if is_embedded else (name, name)
     inputs = [tokenizer(line)["input_ids"] for line in lines if line.strip()]
-    with progress("Export") as bar, bar.step("written, loaded again without this package, and compared"):
+    with progress("Export") as bar, bar.step("write, load again without this package, and compare"):
         made = exports.export(steered, target, output, base, inputs, strength, called, tokenizer)
     return {
         "target": made.target,
@@ -90,7 +90,7 @@ def _import(source: Path, origin: str, output: Path, strength: float, base: str 
     if output.exists():
         raise ExportError(f"{output} exists already. Choose a new folder.")
     if not (source.is_file() or source.is_dir()):
-        raise ExportError(f"{source}: there is no such file or folder: the file does not exist, or it is a pipe.")
+        raise ExportError(f"{source}: there is no such file or folder (the file does not exist, or it is a pipe).")
     if not (reader := exports.get(origin)).can_read:
         raise ExportError(f"--from {origin}: {reader.not_read}")
     facts = exports.description_of(source) or (read_facts(source) if origin == "gguf" and source.is_file() else None)

@@ -4,12 +4,12 @@
     python -m steertune.recipes.info my-vector --model embedded --json
     steertune info my-vector --data cautious_advice --loss dpo
 
-Every tensor is checked as it would be when the adapter is loaded. `--model` also loads the base model, adds the vector
-to it, and lists the possible exports.
+Every tensor is checked as when the adapter is loaded. `--model` also loads the base model, adds the vector to it, and
+lists the possible exports.
 
-`--data` adds three numbers of inductive bias (`lab/inductive_bias.py`), for a LoRA too: how small a change reaches the
-training loss, how much noise the solution tolerates, and how much more it changes neutral text than a random direction
-does.
+`--data` adds three numbers of inductive bias (`lab/inductive_bias.py`), also for a LoRA: how small a change reaches
+the training loss, how much noise the solution tolerates, and how much more it changes neutral text than a random
+direction does.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _NEUTRAL = 8  # rows of neutral text on which random directions are compared wit
 def main(
     folder: Annotated[Path, Argument(help="adapter folder")],
     model: Annotated[
-        str | None, Option(help="also try it on this base: embedded, a local folder or a Hub name")
+        str | None, Option(help="also try the adapter on this base: embedded, a local folder or a Hub name")
     ] = None,
-    data: Annotated[str | None, Option(help="training data, as data.name: measure the inductive bias on them")] = None,
+    data: Annotated[str | None, Option(help="training data, as data.name: measure the inductive bias on it")] = None,
     columns: ColumnNames = None,
-    loss: Annotated[str, Option(help="of --data: a file of losses/", metavar="NAME")] = "cross_entropy",
-    rows: Annotated[int, Count("of --data: number of training rows, drawn as in the recipes")] = 16,
-    seed: Annotated[int, Option(help="of --data: seed of the rows, the noise and the random directions")] = 0,
+    loss: Annotated[str, Option(help="with --data: a file of losses/", metavar="NAME")] = "cross_entropy",
+    rows: Annotated[int, Count("with --data: number of training rows, drawn as in the recipes")] = 16,
+    seed: Annotated[int, Option(help="with --data: seed of the rows, the noise and the random directions")] = 0,
     threads: Threads = None,
 ) -> Result:
     """Describe an adapter; an unusable folder, or an adapter of another model, is an error."""
@@ -78,9 +78,9 @@ def main(
 
 
 def _check_unused(options: dict[str, Any]) -> None:
-    """Raise an ArmError for an option that only `--data` has a use for."""
+    """Raise an ArmError for an option that is only used with `--data`."""
     if given := [f"--{name}" for name, value in options.items() if value]:
-        raise ArmError(f"{given[0]} is about the rows of --data, and there is no --data. Add it, or leave it out.")
+        raise ArmError(f"{given[0]} is only used with --data. Add --data, or remove {given[0]}.")
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """Strength and data according to the description beside the weights, if there is one."""
+    """Strength and data from the description in the folder, if there is one."""
     try:
         values = read_description(folder)
     except ValueError as error:
@@ -140,7 +140,7 @@ def tried(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _is_lora(folder: Path) -> bool:
-    """Whether an adapter folder holds a LoRA."""
+    """Whether a folder is that of a LoRA."""
     return (folder / CONFIG_NAME).is_file() and PeftConfig.from_pretrained(str(folder)).peft_type == "LORA"
 
 

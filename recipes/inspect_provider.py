@@ -4,11 +4,11 @@
     inspect eval TASK --model steertune/base+careful@1,steertune/base+careful@-1 -M vectors=careful=FOLDER
     inspect eval TASK --model steertune/base+fix -M vectors=fix=FOLDER -M monitors=odd=FOLDER
 
-The name behind `steertune/` is that of a request to `steertune serve`: the base model and the vectors that steer it.
-The model runs in Inspect's own process, with the server's engine, so that samples are answered in batches. What
-monitors say of an answer is in the metadata of its output, and `monitor("odd")` scores it.
+The name after `steertune/` is the model name of a request to `steertune serve`: the base model and the vectors that
+steer it. The model runs in Inspect's process, with the server's engine, so that samples are answered in batches. The
+monitors' readings of an answer are in the metadata of its output, and `monitor("odd")` makes scores of them.
 
-Installed packages are found by Inspect by themselves; `inspect_ai` is not a dependency of this one.
+Inspect discovers this provider when the package is installed; `inspect_ai` is not a dependency.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ class SteeredModel(ModelAPI):
     """A base model with vectors and monitors.
 
     Args:
-        model_name: As a request to the server names it: `base+careful@1.5`.
-        base_url: Not used; a running server is Inspect's `openai-api`.
+        model_name: The model name as in a request to the server: `base+careful@1.5`.
+        base_url: Not used; for a running server, use Inspect's `openai-api`.
         api_key: Not used.
-        config: Inspect's.
-        vectors: `NAME=FOLDER` of each adapter, as a list or with commas between them.
+        config: Inspect's generation config.
+        vectors: `NAME=FOLDER` of each adapter, as a list or separated by commas.
         monitors: `[NAME=]FOLDER` of each monitor, likewise; each scores every answer.
-        strength: Of the vectors in the name that have no `@`.
-        base: The base model; None: what the first adapter names.
-        dtype: Of the base model.
-        batch: Answers at a time.
+        strength: Strength of the vectors in the name that have no `@`.
+        base: The base model; None: that of the first adapter.
+        dtype: Number format of the base model.
+        batch: Number of answers that are generated at a time.
 
     Raises:
-        ArmError: something of this is not there, or does not fit.
+        ArmError: a model, vector or monitor does not exist or does not fit.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SteeredModel(ModelAPI):
         model_name: str,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(),  # noqa: B008  as Inspect's own providers have it
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008  as in Inspect's own providers
         vectors: str | Sequence[str] = (),
         monitors: str | Sequence[str] = (),
         strength: float | str = 1.0,
@@ -106,7 +106,7 @@ class SteeredModel(ModelAPI):
             ArmError: it uses tools, or cannot be answered.
         """
         if tools:
-            raise ArmError("A steered model answers with text: it is given no tools. Choose a task without them.")
+            raise ArmError("A steered model answers with text and cannot use tools. Choose a task without them.")
         settings = {name: value for name in _FIELDS if (value := getattr(config, name)) is not None}
         body = ChatRequest.model_validate({
             "model": "base",
@@ -143,7 +143,7 @@ class SteeredModel(ModelAPI):
         )
 
     def max_connections(self) -> int:
-        """As many samples at a time as the engine answers."""
+        """The number of samples that the engine answers at a time."""
         return self.batch
 
     async def aclose(self) -> None:
@@ -153,17 +153,17 @@ class SteeredModel(ModelAPI):
 
 @scorer(metrics={"*": [mean(), stderr()]})
 def monitor(name: str) -> Scorer:
-    """What a monitor says of the answer: its `score`, and whether it is `flagged`.
+    """A monitor's reading of the answer: its `score`, and whether it is `flagged`.
 
     Args:
-        name: Of a monitor that the model was given with `-M monitors=NAME=FOLDER`.
+        name: Name of a monitor of the model, given with `-M monitors=NAME=FOLDER`.
     """
 
     async def score(state: TaskState, target: Target) -> Score:
         readings = (state.output.metadata or {}).get("monitors", {})
         if name not in readings:
             raise ArmError(
-                f"No monitor {name!r:.80} has read this answer (there are {[*readings]}). Use --model steertune/... "
+                f"No monitor {name!r:.80} has read this answer (got {[*readings]}). Use --model steertune/... "
                 f"with -M monitors={name}=FOLDER."
             )
         reading = readings[name]
@@ -174,7 +174,7 @@ def monitor(name: str) -> Scorer:
 
 
 def _words(value: str | Sequence[str]) -> list[str]:
-    """The parts of a model argument."""
+    """The parts of a model argument, which is a list or separated by commas."""
     return [word for word in value.split(",") if word] if isinstance(value, str) else [*value]
 
 

@@ -1,4 +1,4 @@
-"""Check a file of pairs before training on it; this only warns and refuses nothing.
+"""Check a file of pairs before training on it; this only warns.
 
     steertune lint my_pairs.jsonl
     steertune lint my_pairs.csv --columns prompt=question chosen=good rejected=bad --json
@@ -43,7 +43,7 @@ def main(
     reading = Reading(columns_of(columns))
     try:
         parts = load_parts(data, reading=reading)
-    except ArmError as error:  # the error that every other recipe would end with
+    except ArmError as error:  # every other recipe would end with this error
         parts = load_parts(data, reading=replace(reading, strict=False))
         findings.append(Finding("refused", f"Recipes refuse this file: {error}"))
     whole = parts.train if parts.whole is None else parts.whole
@@ -65,7 +65,7 @@ def main(
         "bag_of_words": accuracy,
         "findings": [asdict(finding) for finding in findings],
     }
-    # the division of rows without answers means nothing
+    # the division of rows without answers is meaningless
     lines = [parts.note] if pairs or not findings else []
     if accuracy is not None:
         lines.append(f"Single words tell chosen from rejected in {accuracy:.0%} of pairs (50% is chance).")

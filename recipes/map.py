@@ -3,11 +3,11 @@
     python -m steertune.recipes.map cautious_advice
     python -m steertune.recipes.map my_pairs/ --layers 4 8 12 16 20 24 --combinations 60
 
-Every layer gets a vector (the mean difference), scaled so that it alone has the same small KL to the base. It measures
-the margins of test pairs with each vector alone, added and subtracted, with every pair of vectors, and with random
-directions of the same KL instead; then with random sets of 3 to 5 layers, which the map has to predict. Finally the
-best layer is compared with the three best ones, at one KL, on pairs that no choice was based on. What the lower layers
-compute is shared. An interrupted map continues where it stopped.
+Every layer gets a vector (the mean difference), scaled so that each vector alone has the same small KL to the base.
+The margins of test pairs are measured with each vector alone, added and subtracted, with every pair of vectors, and
+with random directions of the same KL instead; then with random sets of 3 to 5 layers, which the map has to predict.
+Finally the best layer is compared with the three best ones, at one KL, on pairs that no choice was based on. The
+computation of the lower layers is shared. An interrupted map continues where it stopped.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def main(
 ) -> Result:
     """Map the task, and print the page."""
     if not 0 < kl <= 1:
-        raise ArmError(f"--kl {kl}: a KL in nats per token, above 0 and at most 1. Small ones, such as 0.03.")
-    asked = SimpleNamespace(
+        raise ArmError(f"--kl {kl} must be above 0 and at most 1 (nats per token). Use a small one, such as 0.03.")
+    options = SimpleNamespace(
         task=task, arm=None, direction=direction, layers=layers, sites=["block"], strengths=[1.0], columns=columns,
         model=model, train=train, validation=rows, test=test, seed=seed, scorer=None, scorer_rows=0, generations=0,
         new_tokens=1, max_kl=kl, max_perplexity=1.25, max_repetition=0.1,
     )  # fmt: skip
     begin(threads, only_one=True)
-    table = request(asked, [])
+    table = request(options, [])
     if len(table.layers) < SPREAD:
         raise ArmError(f"--layers {' '.join(map(str, table.layers))}: a map needs {SPREAD} different layers or more.")
     others = random_sets(sorted(set(table.layers)), combinations, seed)
@@ -112,9 +112,9 @@ def mapped(
         context: The model and the rows.
         others: Sets that the map has to predict.
         kl: KL of every vector alone.
-        folder: Where `strengths.json` and `sets.json` are kept.
-        command_line: For the page.
-        notes: About the rows.
+        folder: Folder of `strengths.json` and `sets.json`.
+        command_line: The command line, for the page.
+        notes: Notes on the rows.
 
     Raises:
         ArmError: a vector is zero, or does not reach the KL.
@@ -128,7 +128,7 @@ def mapped(
     with progress("Map", 10) as bar:
         with bar.step("strengths", 2):
             units = {kind: scaled(context, held_out, kind, vectors, kl, folder) for kind, vectors in made.items()}
-        # each set once; those in the file are not measured again
+        # each set is measured once; those in the file are not measured again
         with bar.step("sets", 7):
             jobs = [_job(context, held_out, VECTOR, units[VECTOR], of) for of in [*ours, *others]]
             jobs += [_job(context, held_out, CONTROL, units[CONTROL], of) for of in theirs]
@@ -159,7 +159,7 @@ def mapped(
 def scaled(
     context: Context, held_out: HeldOut, kind: str, vectors: Mapping[int, Any], kl: float, folder: Path
 ) -> Interventions:
-    """Vectors scaled to this KL each; their strengths are kept in `strengths.json`."""
+    """Vectors that are each scaled to this KL; their strengths are saved in `strengths.json`."""
 
     def job(layer: int) -> Job:
         def run(_: Sequence[Any]) -> list[Mapping[str, Any]]:

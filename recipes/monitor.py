@@ -4,8 +4,8 @@
     steertune monitor labelled.jsonl --methods lda logistic --poolings mean max --false-positives 0.05
     steertune monitor caught.jsonl --innocent traffic.jsonl --test far.jsonl --traffic today.jsonl
 
-A transcript has a prompt and an answer (`prompt` and `completion`, or `messages`). Bad rows come in a file of their
-own, or are marked by a column `bad`. Corrections (`corrected`) count as innocent rows. Part of the rows is held out,
+A transcript has a prompt and an answer (`prompt` and `completion`, or `messages`). Bad rows are in a separate file, or
+are marked by a column `bad`. Corrections (`corrected`) count as innocent rows. Part of the rows is held out,
 near-duplicates together; layer, method, pooling and threshold are chosen on the rest. Ends with a page: AUROC, recall
 and false positives at the threshold with intervals, calibration, drift to a later sample of traffic (`--traffic`), and
 as the baseline a classifier on TF-IDF of the text.
@@ -66,14 +66,14 @@ def main(
     layers: Annotated[
         list[str] | None, Option(help="indices or fractions of the depth (six from 1/4 to 7/8)", metavar="L ...")
     ] = None,
-    site: Annotated[Literal["block", "attention", "mlp"], Option(help="what is read")] = "block",
-    tokens: Annotated[Literal["answer", "prompt", "all"], Option(help="which tokens are read")] = "answer",
+    site: Annotated[Literal["block", "attention", "mlp"], Option(help="the output that is read")] = "block",
+    tokens: Annotated[Literal["answer", "prompt", "all"], Option(help="the tokens that are read")] = "answer",
     columns: ColumnNames = None,
     model: Annotated[str, Option(help="embedded, a local folder or a Hub name")] = "embedded",
     dtype: DType = "float32",
     device: Device = None,
     threads: Threads = None,
-    folder: Annotated[Path | None, Option(help="where monitor and page are written (runs/monitor-ROWS)")] = None,
+    folder: Annotated[Path | None, Option(help="output folder (runs/monitor-ROWS)")] = None,
 ) -> Result:
     """Fit, choose and test monitors; save the best and write the page."""
     home = default_folder("monitor", rows) if folder is None else folder
@@ -128,7 +128,7 @@ def layer_indices(table: ModelTable, words: Sequence[str] | None, site: Site) ->
         except ValueError:
             layers = [-1]
         if any(layer < 0 or (isinstance(layer, float) and layer >= 1) for layer in layers):
-            raise ArmError(f"--layers {' '.join(words)}: a layer is an index from 0 on, or a fraction below 1 (0.5).")
+            raise ArmError(f"--layers {' '.join(words)}: give indices from 0, or fractions below 1 (0.5).")
     try:
         indices = resolve_layers(layers, len(find_blocks(bare)))
         for index in indices:
@@ -143,7 +143,7 @@ def _drift(best: Detector, samples: Samples, later: list[float], name: str) -> S
     innocent_H = ~samples.test.bad[: samples.held_out]
     before = [score for score, innocent in zip(best.scores, innocent_H, strict=False) if innocent]
     if min(len(before), len(later)) < 2:
-        raise ArmError(f"--traffic {name}: drift needs 2 held-out innocent rows and 2 of the traffic, or more.")
+        raise ArmError(f"--traffic {name}: drift needs at least 2 held-out innocent rows and 2 rows of traffic.")
     return drift_section(drift(before, later, best.threshold), ("held-out innocent rows", Path(name).name))
 
 

@@ -5,12 +5,12 @@
     steertune patch caught.jsonl --innocent traffic.jsonl --near near.jsonl --far far.jsonl --arm lora_neutral_sft
 
 A catch is a prompt and a bad answer, optionally with the right answer: columns `prompt`, `bad` and `corrected`.
-Missing corrections are sampled from the model under an instruction and written to `corrected.jsonl`, and the command
-stops: review and edit the file, then continue with `--accept`. Any arm on pairs can be the
-fix: `vector_neutral_sft` (one vector, whose strength can be turned back for every request), `lora_neutral_sft`,
-`vector_span_dpo` (a sum of existing vectors); every key of the arm can be set (`--adapter.layers 10`). Arms with
-`neutral_kl` stay close to the base model on the innocent traffic. `--near` and `--far` are bad transcripts for tests
-only. The same command continues an interrupted run.
+Missing corrections are sampled from the model with an instruction and written to `corrected.jsonl`, and the command
+stops: review and edit the file, then continue with `--accept`. Any arm on pairs can be the fix: `vector_neutral_sft`
+(one vector, whose strength can be lowered for every request), `lora_neutral_sft`, `vector_span_dpo` (a sum of existing
+vectors); every key of the arm can be set (`--adapter.layers 10`). Arms with `neutral_kl` stay close to the base model
+on the innocent traffic. `--near` and `--far` are bad transcripts for tests only. The same command continues an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _AGAIN = "Delete it to make it again."
 
 
 class PatchTables(BaseModel):
-    """What identifies a run: another one needs another folder."""
+    """The tables that identify a run; a run with other tables needs another folder."""
 
     arm: dict[str, Any]
     rows: str
@@ -74,15 +74,15 @@ def main(
     near: Annotated[str | None, Option(help="bad transcripts of the same kind, to test on")] = None,
     far: Annotated[str | None, Option(help="bad transcripts of other kinds, to test on")] = None,
     arm: Annotated[
-        str, Option(help="what is trained: an arm on pairs", autocompletion=arm_names, metavar="ARM")
+        str, Option(help="the arm to train, one on pairs", autocompletion=arm_names, metavar="ARM")
     ] = "vector_neutral_sft",
-    bad_pattern: Annotated[str | None, Option(help="a regular expression that finds bad answers")] = None,
-    instruction: Annotated[str, Option(help="instruction under which missing corrections are sampled")] = INSTRUCTION,
+    bad_pattern: Annotated[str | None, Option(help="a regular expression that matches bad answers")] = None,
+    instruction: Annotated[str, Option(help="instruction with which missing corrections are sampled")] = INSTRUCTION,
     accept: Annotated[bool, Option("--accept", help="continue with the sampled corrections")] = False,
     sizes: Annotated[
         list[int] | None, Option(help="also make the fix from fewer catches (1 4)", metavar="N ...")
     ] = None,
-    false_positives: Annotated[float, Option(help="largest share of innocent rows that the monitor may flag")] = 0.01,
+    false_positives: Annotated[float, Option(help="largest share of innocent rows for the monitor to flag")] = 0.01,
     method: Annotated[str, Option(help="how the monitor is fitted: a file of adapters/monitors/fits/")] = "lda",
     pooled: Annotated[
         str, Option("--pooling", help="how token scores are pooled: a file of adapters/monitors/pooling/")
@@ -164,7 +164,7 @@ def _corrections(
 
 
 def _to_review(corrected: Transcripts, file: Path) -> Result:
-    """The corrections, for review before anything is made from them."""
+    """The corrections, for review before they are used."""
     text = (
         f"{for_review(corrected)}\nThe model wrote the corrections that were missing; nothing was trained. Read and "
         f"change them in {file}, then run the same command with --accept."

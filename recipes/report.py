@@ -1,10 +1,10 @@
-"""Write one page and one table from the cells of a grid; nothing is run again.
+"""Write one page and one table from the cells of a grid, without running anything again.
 
     steertune report runs/quick
 
 Writes `report.html` (opens without a network), `report.md`, `report.json` (the verdict and the answer), `charts/` (PNG
 and SVG), `tables/` (LaTeX), and `cells.parquet`, the rows of all cells. If a folder has only this table, the report is
-made from it. The sections of the page are the files of `ablation/sections/`.
+written from it. The sections of the page are the files of `ablation/sections/`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(
 def write_report(
     folder: Path, measure: str | None = None, output: Path | None = None, strength: str | None = None
 ) -> Path:
-    """Write the report of a grid's folder; return the Markdown page. With another `measure` or `strength` than the
+    """Write the report of a grid's folder; return the Markdown page. If `measure` or `strength` differs from the
     claim's, the page says that this is not what was claimed.
 
     Raises:

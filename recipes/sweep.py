@@ -5,13 +5,13 @@
     python -m steertune.recipes.sweep my_pairs/ --arm vector_dpo                  # trained at every layer
     python -m steertune.recipes.sweep my_pairs/ --arm runs/vector_dpo-my_pairs    # as that run was trained
 
-A direction has strength 1 where it is as long as the mean difference of the two answers' states at that layer, so that
-methods and layers can be compared; an arm has strength 1 as trained. Settings are measured on validation rows, and one
-is recommended, with its reason; only that one is read on test rows, once. The page has heat maps, the Pareto front and
-the slope of every held-out example. `adapter/` is the recommended vector, its strength baked in.
+At strength 1 a direction is as long as the mean difference of the two answers' states at that layer, so that methods
+and layers can be compared; an arm has strength 1 as trained. Settings are measured on validation rows, and one is
+recommended, with the reason; only that one is measured on test rows, once. The page has heat maps, the Pareto front
+and the slope of every held-out example. `adapter/` is the recommended vector with its strength baked in.
 
-What the lower layers compute is shared: one pass of the base model serves all layers. An interrupted sweep continues
-where it stopped.
+The computation of the lower layers is shared: one pass of the base model serves all layers. An interrupted sweep
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from steertune.trainers import NonFiniteError
 
 SITES = ["block"]
 SCORER = (
-    "score generated answers too, and let the score decide in place of the pair accuracy: "
+    "also score generated answers, and choose by this score instead of the pair accuracy: "
     f'{", ".join(modules_in("recipes/lab/scorers"))}, or a table such as \'{{kind = "rule", pattern = "careful"}}\''
 )
 STRENGTHS = [0.5, 1.0, 2.0, 4.0, 8.0]
@@ -70,7 +70,7 @@ def main(
     arm: Annotated[
         str | None,
         Option(
-            help="trained at every layer instead: a name in recipes/configs/arms/ or a .toml file (both take "
+            help="train this arm at every layer instead: a name in recipes/configs/arms/ or a .toml file (both take "
             "--table.key value), or the folder of a training run",
             autocompletion=arm_names,
         ),
@@ -85,15 +85,15 @@ def main(
         str | None, Option(help="embedded, a local folder or a Hub name (embedded, or the arm's)")
     ] = None,
     train: Annotated[int | None, Option(help="training pairs (32, or the arm's)")] = None,
-    validation: Annotated[int, Option(help="pairs that choose")] = 24,
+    validation: Annotated[int, Option(help="pairs on which the setting is chosen")] = 24,
     test: Annotated[int, Option(help="test pairs for the report")] = 40,
     seed: Annotated[int, Option(help="seed of the training rows and of training")] = 0,
     scorer: Annotated[str | None, Option(help=SCORER)] = None,
     scorer_rows: Annotated[int, Option(help="pairs on which the scorer is fitted")] = 40,
     generations: Annotated[int, Option(help="answers to generate for each setting")] = 4,
-    new_tokens: Annotated[int, Option(help="longest answer")] = 24,
-    max_kl: Annotated[float, Option(help="largest KL to the base on neutral text, in nats a token")] = 0.3,
-    max_perplexity: Annotated[float, Option(help="largest perplexity of neutral text, in times the base's")] = 1.25,
+    new_tokens: Annotated[int, Option(help="tokens of the longest answer")] = 24,
+    max_kl: Annotated[float, Option(help="largest KL to the base on neutral text, in nats per token")] = 0.3,
+    max_perplexity: Annotated[float, Option(help="largest perplexity of neutral text, relative to the base's")] = 1.25,
     max_repetition: Annotated[float, Option(help="largest share of repeated word triples above the base's")] = 0.1,
     threads: Threads = None,
     folder: Annotated[Path | None, Option(help="(runs/sweep-<what>-<task>)")] = None,
@@ -110,10 +110,10 @@ def main(
 
 
 def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) -> tuple[Sweep, Path]:
-    """Sweep, recommend, read the recommended setting on test rows, and write the page.
+    """Sweep, recommend a setting, measure it on test rows, and write the page.
 
     Returns:
-        What `result.json` holds, and the page.
+        The content of `result.json`, and the page.
 
     Raises:
         ArmError: a request that cannot be met, or a folder that holds something else.
@@ -130,7 +130,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     claim(folder, table, main_process=True)
     print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
-    # validation rows decide; only the chosen setting is measured on test rows, and saved
+    # choose on validation rows; only the chosen setting is measured on test rows, and saved
     split = context.splits.note
     result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), split, notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
@@ -156,8 +156,8 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
 
 
 def measure(context: Context, folder: Path) -> list[Record]:
-    """Every setting on validation rows, from the top layer down, a record for each place; records of an earlier run
-    are read."""
+    """Measure every setting on validation rows, from the top layer down: one record for each place. Records of an
+    earlier run are reused."""
     table, source = context.table, Source(context)
     layers = sorted(table.layers, reverse=True)
     places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]
@@ -202,7 +202,7 @@ def home_of(folder: Path, place: Record | Setting) -> Path:
 
 
 def _plan(table: SweepTable, context: Context) -> str:
-    """The plan and the expected time, estimated from the base model's pass, which is needed anyway."""
+    """The plan and the expected time, estimated from a pass of the base model that is needed anyway."""
     start = time.monotonic()
     evaluate_base(context.held_out(VALIDATION))
     base = time.monotonic() - start

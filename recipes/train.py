@@ -5,8 +5,8 @@
 
 Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
 Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
-Ends with a page, whose first line says what changed in the answers, whether it is too much, and which strength to use;
-then every measure of `lab/measures/` before, after and at other strengths, generations, cost.
+Ends with a page. Its first line says how the answers changed, whether it is too much, and which strength to use; then
+follow every measure of `lab/measures/` before, after and at other strengths, generations, and cost.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ from steertune.recipes.lab.training import (
 )
 from steertune.trainers import ModelAt, scalable
 
-_FEWEST_PAIRS = 10  # from which what tells chosen from rejected answers can be learned
+_FEWEST_PAIRS = 10  # needed to fit a classifier of chosen and rejected answers
 
 
 @command
 def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
-    """Train the arm and evaluate it; of several processes the first one has the result."""
+    """Train the arm and evaluate it; only the first of several processes returns the result."""
     with progress("Training"):
         record = run(load_arm(arm, overrides, recipe="train"), threads)
     if not PartialState().is_main_process:
@@ -76,7 +76,7 @@ def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequen
 
 
 def run(arm: Arm, threads: int | None = None) -> Record:
-    """Train and evaluate an arm in its output folder; return what `result.json` holds.
+    """Train and evaluate an arm in its output folder; return the content of `result.json`.
 
     An interrupted run continues from its last checkpoint; a folder with another arm or a finished run is refused.
 
@@ -137,8 +137,8 @@ class _Ready:
         data: The rows as they were read.
         train: Training rows in the form that the model reads.
         held_out: The examples that models are measured on.
-        asked: Which prompts are answered.
-        notes: Notes about the rows.
+        asked: The kind of prompts that are answered.
+        notes: Notes on the rows.
     """
 
     data: Data
@@ -167,9 +167,9 @@ def _prepare(arm: Arm) -> _Ready:
 
 
 def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
-    """The scorer of generated answers: the task's own rule, or a classifier of the training pairs.
+    """The scorer of generated answers: the task's rule, or a classifier fitted on the training pairs.
 
-    None without enough pairs.
+    None if there are too few pairs.
     """
     if not {"chosen", "rejected"} <= set(train.column_names):
         return None
@@ -180,7 +180,7 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
 
 
 def _answers_of(rows: Dataset) -> list[str]:
-    """The answers that are learned, where they have a column of their own."""
+    """The answers that are trained on, if they have a separate column."""
     column = next((name for name in ("chosen", "completion") if name in rows.column_names), None)
     return [] if column is None else [text_of(answer) for answer in rows[column]]
 

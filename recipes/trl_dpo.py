@@ -5,7 +5,7 @@ r"""`trl dpo` with a steering vector: TRL's own command line, for preference pai
     steertune trl_dpo --config my.yaml --loss bipo --steering_norm capped --steering_norm_value 8
 
 Every flag of `trl dpo` works, also in a YAML file; `--use_peft` trains TRL's LoRA instead of the vector, with the same
-losses. `--steering_...` are the switches of `SteeringVectorConfig`. `--loss` is a file of losses/; without it the loss
+losses. `--steering_...` are the fields of `SteeringVectorConfig`. `--loss` is a file of losses/; without it the loss
 is TRL's own. Data: a Hub name, a local folder or file, or an embedded task.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     from trl import DPOConfig
 
     from steertune.recipes.lab.trl_command import run

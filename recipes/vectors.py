@@ -1,7 +1,7 @@
-"""Arithmetic on adapter folders, their similarity, and whether two vectors work together.
+"""Combine vectors of adapter folders, compare them, and measure whether two of them work together.
 
     steertune vectors add cautious warm --output both                  # also subtract, average; --weights 1 0.5
-    steertune vectors project-out cautious warm --output cautious-only # take warm's direction out of cautious
+    steertune vectors project-out cautious warm --output cautious-only # remove warm's direction from cautious
     steertune vectors orthogonalise cautious warm --output apart       # apart/cautious, apart/warm
     steertune vectors similarity cautious warm formal                  # cosines, layer by layer
     steertune vectors together cautious warm --data cautious_advice warm_tone
@@ -29,13 +29,13 @@ from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, 
 Folders = Annotated[list[Path], Argument(help="adapter folders")]
 Output = Annotated[Path, Option(help="a new folder")]
 Missing = Annotated[
-    Literal["refuse", "zero"], Option(help="for a layer that only some of them steer: refuse it, or use zeros")
+    Literal["refuse", "zero"], Option(help="for a layer that only some vectors steer: refuse it, or use zeros")
 ]
-Weights = Annotated[list[float] | None, Option(help="one for each folder (1)", metavar="NUMBER ...")]
+Weights = Annotated[list[float] | None, Option(help="one weight for each folder (1)", metavar="NUMBER ...")]
 
 
 def add(folders: Folders, output: Output, weights: Weights = None, missing: Missing = "refuse") -> Result:
-    """The sum, or with --weights any weighted sum; one folder and one weight scale it."""
+    """The sum, or with --weights a weighted sum; a single folder is scaled by its weight."""
     return _combined(folders, weights or [1.0] * len(folders), output, missing)
 
 
@@ -49,13 +49,13 @@ def average(folders: Folders, output: Output, weights: Weights = None, missing: 
 
 
 def subtract(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
-    """The first minus the others."""
+    """The first vector minus the others."""
     _several(folders, "subtract")
     return _combined(folders, [1.0, *[-1.0] * (len(folders) - 1)], output, missing)
 
 
 def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
-    """The first without its part in the span of the others."""
+    """The first vector without its part in the span of the others."""
     _several(folders, "project-out")
     sets = _read(folders)
     made = arithmetic.project_out(sets[0], sets[1:], missing, output.name)
@@ -64,7 +64,8 @@ def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -
 
 
 def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
-    """Remove from each the directions of those before it (most important first); one folder for each in --output."""
+    """Remove from each vector the directions of those before it (most important first); --output gets a folder for
+    each."""
     _several(folders, "orthogonalise")
     sets = _read(folders)
     if output.exists():
@@ -78,7 +79,7 @@ def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse")
 
 
 def similarity(folders: Folders) -> Result:
-    """Cosine of every pair, layer by layer."""
+    """The cosine of every pair of vectors, layer by layer."""
     _several(folders, "similarity")
     sets = _read(folders)
     cosines = arithmetic.similarity(sets)
@@ -99,7 +100,7 @@ def similarity(folders: Folders) -> Result:
 def together(
     folders: Folders,
     data: Annotated[tuple[str, str], Option(help="pairs of the first vector, and of the second")],
-    strengths: Annotated[tuple[float, float], Option(help="of each")] = (1.0, 1.0),
+    strengths: Annotated[tuple[float, float], Option(help="strength of each")] = (1.0, 1.0),
     columns: ColumnNames = None,
     rows: Annotated[int | None, Count("test pairs of each (40, or as many as there are)")] = None,
     model: Annotated[str | None, Option(help="embedded, a local folder or a Hub name (the adapters' own)")] = None,
@@ -120,7 +121,7 @@ main = group(add, average, subtract, project_out, orthogonalise, similarity, tog
 def _several(folders: Sequence[Path], name: str) -> None:
     """Raise an ArmError for a single folder."""
     if len(folders) < 2:
-        raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
+        raise VectorError(f"{name} needs two folders or more (got {len(folders)}).")
 
 
 def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: Missing) -> Result:
@@ -134,7 +135,7 @@ def _combined(folders: Sequence[Path], weights: list[float], output: Path, missi
 def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], parents: Sequence[Path]) -> Result:
     """Write an adapter with its card, and return the lengths of its vectors."""
     arithmetic.write(made, folder, _card(made, formula, sets))
-    # rows that a parent was trained on are not held out for the result either
+    # rows that a parent was trained on are not held out for the result
     rows_of_parents = [trained_on.read(parent) for parent in parents]
     if None not in rows_of_parents:
         trained_on.write(folder, [rows for of_parent in rows_of_parents for rows in of_parent or ()])

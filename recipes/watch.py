@@ -46,8 +46,8 @@ def main(
     folder: Annotated[Path, Argument(help="folder of a monitor")],
     rows: Annotated[str, Argument(help="transcripts to score: a file or a name")],
     against: Annotated[str | None, Option(help="an earlier sample of traffic, for the drift of scores")] = None,
-    adapter: Annotated[Path | None, Option(help="an adapter that the model runs with")] = None,
-    strength: Annotated[float, Option(help="of the adapter")] = 1.0,
+    adapter: Annotated[Path | None, Option(help="an adapter to run the model with")] = None,
+    strength: Annotated[float, Option(help="strength of the adapter")] = 1.0,
     output: Annotated[Path | None, Option(help="file for JSON lines, one for each row")] = None,
     each_token: Annotated[bool, Option("--each-token", help="also write the score of every token")] = False,
     columns: ColumnNames = None,
@@ -60,7 +60,7 @@ def main(
     begin(threads, only_one=True)
     where = device_of(device)
     if output is not None and not output.absolute().parent.is_dir():
-        raise ArmError(f"--output {output}: there is no folder {output.parent}. Make it, or choose another file.")
+        raise ArmError(f"--output {output}: there is no folder {output.parent}. Create it, or choose another file.")
     if each_token and output is None:
         raise ArmError("--each-token writes to a file: add --output FILE.")
     saved = monitors.read(folder)
@@ -77,7 +77,7 @@ def main(
         monitor = monitors.load(folder, loaded, tokenizer)
         loaded = adapted(loaded, adapter).to(where)
         if strength != 1 and not scalable(loaded):
-            raise ArmError(f"--strength {strength:g} belongs to a vector or a LoRA: name one with --adapter.")
+            raise ArmError(f"--strength {strength:g} needs a vector or a LoRA. Give one with --adapter.")
         check_strength(loaded, strength)
         with scaled(loaded, strength):
             scored = _score(monitor, loaded, tokenizer, now)
@@ -144,7 +144,7 @@ def _line(record: dict[str, Any], rows: Transcripts) -> str:
 
 
 def read_ids(batch: dict[str, Any], monitor: Monitor) -> Sequence[list[int]]:
-    """The ids of the tokens that a monitor reads, of every row of a batch."""
+    """The ids of the tokens that a monitor reads, for every row of a batch."""
     mask_BT = monitors.read_mask(batch, monitor.tokens)
     return [ids_T[mask_T].tolist() for ids_T, mask_T in zip(batch["input_ids"].cpu(), mask_BT, strict=True)]
 

@@ -15,15 +15,15 @@ from steertune.recipes.lab.tables import ModelTable
 
 
 def base_table(made_for: str, given: str | None = None, dtype: Any = "float32") -> ModelTable:
-    """The base model: the given one, else the one recorded in the folder."""
+    """The table of the base model: `given`, or else the one that the adapter was made for."""
     return ModelTable(name=embedded.local_name(given or made_for), dtype=dtype)
 
 
 def adapted(model: Any, folder: Path | None) -> Any:
-    """The model with an adapter, in evaluation mode; without a folder the model itself.
+    """Load an adapter onto a model, in evaluation mode; without a folder, return the model itself.
 
     Raises:
-        ArmError: the folder holds no adapter in safetensors, or one of another base model.
+        ArmError: the folder has no safetensors adapter, or one for a different base model.
     """
     if folder is None:
         return model

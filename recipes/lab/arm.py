@@ -63,21 +63,21 @@ class Arm(ArmTables):
 
     @model_serializer(mode="wrap")
     def _spread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As in the file: ingredients are tables beside the others."""
+        """Write ingredients as top-level tables, as in the file."""
         tables = handler(self)
         return tables | {name: table for name, table in tables.pop("ingredients", {}).items() if table}
 
     def get(self, kind: type[IngredientT]) -> IngredientT:
-        """The arm's ingredient of a kind; without such a table, one that changes nothing."""
+        """The arm's ingredient of a kind; if it has none, the default one, which changes nothing."""
         of_kind = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
         return of_kind[0] if of_kind else kind()
 
     def ordered_ingredients(self) -> list[Ingredient]:
-        """The ingredients in the order in which they change a training."""
+        """The ingredients in the order in which they are applied to training."""
         return [self.ingredients[name] for name in kinds() if name in self.ingredients]
 
     def peft_config(self, adapter: Mapping[str, Any] | None = None) -> PeftConfig | None:
-        """The configuration of an adapter's table, by default the arm's own; None for full finetuning."""
+        """The PEFT configuration of an adapter table, by default the arm's; None for full finetuning."""
         options = dict(self.adapter if adapter is None else adapter)
         kind = str(options.pop("type", "steering_vector"))
         if kind == "none":
@@ -105,13 +105,13 @@ class Arm(ArmTables):
         return get_loss(name, **options)
 
     def views_seen(self) -> tuple[str, ...]:
-        """Names of the views that the loss asks for."""
+        """Names of the views that the loss needs."""
         loss = self.loss_object()
         return () if loss is None else loss.needs.views
 
     def check_trainer(self, *kinds: type) -> None:
-        """Check keys, types and ranges of `[trainer]` against several classes of arguments; one of them must accept
-        it."""
+        """Check keys, types and ranges of `[trainer]` against one or more argument classes; at least one of them must
+        accept each key."""
         for key, value in self.trainer.items():
             if key in REFUSED and value and value != "no":
                 raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
@@ -124,7 +124,7 @@ class Arm(ArmTables):
             raise ArmError(str(error)) from error
 
     def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
-        """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
+        """Check keys and types, and create `kind(output_dir=folder, **[trainer])`."""
         self.check_trainer(kind)
         return kind(output_dir=folder, **{**defaults, **self.trainer})
 
@@ -136,8 +136,8 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
 
     Raises:
         ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, an ingredient that the recipe
-            refuses, a view that the file's own loss does not use (after an override of the loss, some may be left
-            over).
+            refuses, or a view that the loss does not use (not checked with overrides, since another loss can leave
+            views unused).
     """
     tables = read_tables(file)
     changes = [*_pairs(overrides)]
@@ -150,13 +150,14 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
     needed, views = arm.views_seen(), arm.model_dump().get("views", {})
     if not overrides and (unused := [name for name in views if name not in needed]):
         raise ArmError(
-            f"Arm {arm.name!r} has [views] {unused}, but its loss uses none of them: it asks for {list(needed)}."
+            f"Arm {arm.name!r} has [views] {unused}, but its loss uses none of them (it uses {list(needed)}). Remove "
+            "them."
         )
     return arm
 
 
 def make_arm(tables: dict[str, Any]) -> Arm:
-    """An arm from its tables, every key checked.
+    """Build an arm from its tables, and check every key.
 
     Raises:
         ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
@@ -179,7 +180,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
 
 
 def _with_views(arm: Arm) -> Arm:
-    """The arm with the neutral text that its loss asks for; it must have the other views itself.
+    """Add the neutral view if the loss needs it; all other views that it needs must be in the arm.
 
     Raises:
         ArmError: the loss cannot be made, or a view is missing.
@@ -196,7 +197,7 @@ def _with_views(arm: Arm) -> Arm:
     if missing:
         options = " ".join(f"--views.{view}.name instruction --views.{view}.text '...'" for view in missing)
         raise ArmError(
-            f"loss.name={arm.loss.get('name')!r} learns from the model behind another prompt, and the arm does not "
+            f"loss.name={arm.loss.get('name')!r} uses the model's outputs for other prompts, and the arm does not "
             f"have the views {missing}. Add an instruction for each: {options}"
         )
     return arm
@@ -221,12 +222,12 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     for name in path:
         tables = tables.setdefault(name, {})
         if not isinstance(tables, dict):
-            raise ArmError(f"--{key}: {name!r} is {shown(tables)}, not a table that could hold {last!r}.")
+            raise ArmError(f"--{key}: {name!r} is {shown(tables)}, not a table, so it cannot hold {last!r}.")
     tables[last] = value
 
 
 def _leave_options(tables: dict[str, Any], key: str, value: Any) -> None:
-    """If `key` chooses another loss or adapter, drop the options of the arm's own one."""
+    """If `key` selects another loss or adapter, drop the options that it does not have."""
     table, _, chooser = key.partition(".")
     if (table, chooser) == ("loss", "name"):
         options = [] if value == UPSTREAM else options_of(value) if value in names() else None
@@ -248,7 +249,7 @@ def _options(kind: Any) -> list[str]:
 
 
 def check_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
-    """Check the keys of a table, and of the tables in it, against a pydantic model; the nearest valid key is named."""
+    """Check the keys of a table and of nested tables against a pydantic model, suggesting the nearest valid key."""
     check_keys(what, tables, list(model.model_fields))
     for name, value in tables.items():
         annotation = model.model_fields[name].annotation
@@ -262,7 +263,7 @@ def check_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> N
 
 
 def check_keys(table: str, keys: Iterable[str], allowed: list[str]) -> None:
-    """Raise an ArmError for a key that is not allowed, naming the nearest that is."""
+    """Raise an ArmError for a key that is not allowed, and suggest the nearest one that is."""
     for key in keys:
         if key not in allowed:
             raise ArmError(f"Unknown key {shown(key)} in [{table}].{nearest(key, allowed)}")
@@ -270,8 +271,8 @@ def check_keys(table: str, keys: Iterable[str], allowed: list[str]) -> None:
 
 def _typed(table: str, options: dict[str, Any], *kinds: type) -> None:
     """Check values against the annotations of dataclasses, which do not check types themselves. No value is converted:
-    "8" is not 8. They are validated as JSON, in which a list may stand for a tuple. A field of several classes
-    (`loss_type`) may have any of their types.
+    "8" is not 8. They are validated as JSON, so a list is accepted for a tuple. A field of several classes
+    (`loss_type`) can have any of their types.
     """
     for key, value in options.items():
         problems = [_problem(_hints(kind)[key], value) for kind in kinds if key in _hints(kind)]
@@ -280,14 +281,14 @@ def _typed(table: str, options: dict[str, Any], *kinds: type) -> None:
 
 
 def _problem(hint: Any, value: Any) -> str:
-    """Why a value is not of a type; "" if it is, or if pydantic does not know the type."""
+    """Why a value does not match a type; "" if it does, or if pydantic does not know the type."""
     try:
         _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return ""
     except ValidationError as error:
         return error.errors()[0]["msg"]
-    except (ValueError, RecursionError):  # too large a number, or too deep a nesting for JSON
+    except (ValueError, RecursionError):  # the number is too large, or the nesting too deep, for JSON
         return "It is too large"
     return ""
 
@@ -301,7 +302,7 @@ _adapter = cache(TypeAdapter)
 
 
 def check_runs_no_code(table: str, options: Mapping[str, Any]) -> None:
-    """Refuse `trust_remote_code`, wherever in a table it is.
+    """Refuse `trust_remote_code` anywhere in a table.
 
     Raises:
         ArmError: it is true.

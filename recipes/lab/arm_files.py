@@ -1,4 +1,4 @@
-"""Files of arms: where they are, what they inherit, and their former names.
+"""Arm files: where they are, what they inherit, and their former names.
 
     # my_arm.toml
     extends = "lora_dpo"  # a name in configs/arms/, or a .toml file beside this one
@@ -6,7 +6,7 @@
     [adapter]
     r = 2
 
-An arm that extends another states only what differs; `merge_tables` says how the two are put together.
+An arm that extends another contains only what differs; see `merge_tables` for how the two are merged.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def read_tables(file: str | Path) -> dict[str, Any]:
 def merge_tables(base: dict[str, Any], patch: dict[str, Any], inside: str = "") -> dict[str, Any]:
     """`base` with `patch` on top, key by key. `inside` is the key that holds them; "" for a whole arm.
 
-    A patch that names another adapter, loss, augmentation or view replaces its whole table, since the options of one
-    mean nothing to another. The empty table `{}` puts a key back to its default.
+    A patch that names another adapter, loss, augmentation or view replaces the whole table, since the options of one
+    do not apply to another. The empty table `{}` resets a key to its default.
     """
     merged = copy.deepcopy(base)
     for key, value in patch.items():
@@ -56,7 +56,7 @@ def merge_tables(base: dict[str, Any], patch: dict[str, Any], inside: str = "") 
 
 
 def renamed_tables(tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables by their present names; a former one works for one release, with a FutureWarning."""
+    """The tables under their current names; former names work for one release, with a FutureWarning."""
     tables = dict(tables)
     for old, new in RENAMED_TABLES.items():
         if old in tables:
@@ -66,8 +66,8 @@ def renamed_tables(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inherited(path: Path, children: list[Path]) -> dict[str, Any]:
-    """The tables of a file merged into those of its parents. `children` are the files that led here, each extended by
-    the one before it."""
+    """The tables of a file merged into those of its parents. `children` are the files that led here, each extending
+    the next."""
     if path in children:
         circle = " -> ".join(child.stem for child in [*children[children.index(path) :], path])
         raise ArmError(f"Arms extend each other in a circle: {circle}. Remove one of these `extends`.")
@@ -88,7 +88,7 @@ def _inherited(path: Path, children: list[Path]) -> dict[str, Any]:
 
 def _arm_file(name: str, folder: Path, problem: str) -> Path:
     """The file of an arm: a path that ends in .toml, relative to `folder`, or a name in configs/arms/. `problem` is
-    how the error begins if there is no such file."""
+    the start of the error message if there is no such file."""
     path = folder / name if Path(name).suffix == ".toml" else ARMS / f"{name}.toml"
     if path.is_file():
         return Path(os.path.abspath(path))  # a symbolic link keeps its own name

@@ -1,4 +1,4 @@
-"""Model cards of the adapters that recipes make, with what was measured."""
+"""Model cards of the adapters that recipes make, with their measurements."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks of an arm before its model is loaded, so that a wrong layer does not cost a download of weights.
 
     check_start(arm, train)       # the arm's own training arguments, and its adapter on the model's skeleton
-    layers = skeleton(table)      # a model without weights, made of its configuration alone
+    layers = skeleton(table)      # a model without weights, made from its configuration alone
 
 Keys, types and ranges were checked when the arm was read (`lab/arm.py`).
 """
@@ -35,14 +35,14 @@ from steertune.recipes.lab.tables import ModelTable
 from steertune.trainers.arguments import check_arguments
 
 _INITIAL = {"steering_vector": "init", "lora": "init_lora_weights"}
-"""Adapters that change nothing before they are trained, and the key that says how they start."""
+"""Adapters that change nothing before they are trained, and the key that sets how they start."""
 
 
 def check_start(arm: Arm, rows: Dataset) -> None:
-    """Refuse an arm that does not fit its own training arguments or its model's shape.
+    """Refuse an arm with invalid training arguments, or with an adapter that does not fit the model.
 
     Raises:
-        ArmError: names the value.
+        ArmError: the message names the value.
     """
     check_loss(arm, rows)
     check_training(arm, DPOConfig if "chosen" in rows.column_names else SFTConfig)
@@ -63,7 +63,7 @@ def check_loss(arm: Arm, rows: Dataset) -> None:
         if loss is not None and loss.needs.pairs:
             raise ArmError(
                 f"loss.name={arm.loss['name']!r} compares chosen with rejected answers, and {missing} Add a column "
-                "`rejected`, or learn the answers alone: --loss.name cross_entropy."
+                "`rejected`, or train on the answers alone: --loss.name cross_entropy."
             )
         if start not in ("zeros", "random"):
             raise ArmError(
@@ -78,8 +78,8 @@ def check_loss(arm: Arm, rows: Dataset) -> None:
         )
     if "null" in strengths and not (isinstance(config, SteeringVectorConfig) and config.form == "bias"):
         raise ArmError(
-            f"loss.name={arm.loss['name']!r} takes the direction of a steering vector of form 'bias' out of the "
-            "states, and this adapter has none. Set --loss.suppress negative."
+            f"loss.name={arm.loss['name']!r} removes the direction of a steering vector of form 'bias' from the "
+            "states, but this adapter has none. Set --loss.suppress negative."
         )
 
 
@@ -87,7 +87,7 @@ def check_training(arm: Arm, kind: type) -> None:
     """Create the arm's training arguments once, as a check.
 
     Raises:
-        ArmError: they cannot be made, or the loss uses none of one of them.
+        ArmError: they cannot be created, or the loss ignores one of them.
     """
     arm.check_trainer(kind)
     # creating DeepSpeed's arguments changes how the next model is loaded
@@ -111,14 +111,14 @@ def check_training(arm: Arm, kind: type) -> None:
 def _check_reports(names: list[str]) -> None:
     """Raise a ValueError for a service that training cannot report to."""
     get_reporting_integration_callbacks(names)  # refuses unknown ones
-    present = [*get_available_reporting_integrations(), "azure_ml", "flyte"]  # the last two it does not look for
+    present = [*get_available_reporting_integrations(), "azure_ml", "flyte"]  # it does not look for the last two
     if missing := [name for name in names if name not in present]:
         raise ValueError(f"report_to={missing[0]!r}: its package is not installed. Install it, or remove report_to.")
 
 
 def _check_schedule(args: Any) -> None:
-    """Raise an error of PyTorch's or transformers' for an optimiser that is not installed, or a schedule that cannot
-    be made."""
+    """Let PyTorch or transformers raise an error for an optimiser that is not installed, or a schedule that cannot be
+    created."""
     Trainer.get_optimizer_cls_and_kwargs(args)
     get_scheduler(
         args.lr_scheduler_type,
@@ -133,24 +133,24 @@ def check_trains(arm: Arm) -> None:
     """Refuse a run that would save an adapter which does nothing.
 
     Raises:
-        ArmError: its rate is 0, or it trains no step and the adapter starts as the base model.
+        ArmError: the learning rate is 0, or no step is trained and the adapter starts as the base model.
     """
     if arm.trainer.get("learning_rate") == 0:
         raise ArmError(
-            "trainer.learning_rate=0 trains nothing. Give a rate above 0; a direction that is not trained is "
-            "trainer.max_steps=0 with adapter.init."
+            "trainer.learning_rate=0 trains nothing. Give a rate above 0; for a direction that is not trained, set "
+            "trainer.max_steps=0 and adapter.init."
         )
     kind = arm.adapter.get("type", "steering_vector")
     initial = _INITIAL.get(kind)
     if arm.trainer.get("max_steps") == 0 and initial and initial not in arm.adapter:
         raise ArmError(
             f"trainer.max_steps=0 trains nothing, and the adapter starts at zero: it would do nothing. Set "
-            f"trainer.max_steps, or say in adapter.{initial} how it starts."
+            f"trainer.max_steps above 0, or set adapter.{initial}."
         )
 
 
 def check_adapters(arms: list[Arm]) -> None:
-    """Put the adapters of arms of one model, and of their teachers, on its skeleton.
+    """Put the adapters of arms with the same model, and those of their teachers, on its skeleton.
 
     Raises:
         ArmError: a layer, module or rank that the model does not have.
@@ -172,7 +172,7 @@ def check_adapters(arms: list[Arm]) -> None:
 
 
 def _layers_of(arm: Arm) -> list[tuple[str, Any]]:
-    """The layers that the loss and the inductive biases name, and where they name them."""
+    """The layers that are set in the loss and in the inductive biases, each with the name of its table."""
     loss = arm.loss_object()
     layers = [] if loss is None else [("loss", getattr(part, "layers", None)) for part in parts(loss)]
     layers += [
@@ -182,7 +182,7 @@ def _layers_of(arm: Arm) -> list[tuple[str, Any]]:
 
 
 def skeleton(table: ModelTable) -> Any:
-    """The model on the meta device, made of its configuration alone: no weights are read or downloaded.
+    """The model on the meta device, made from its configuration alone: no weights are read or downloaded.
 
     Raises:
         ArmError: the configuration is missing, or transformers cannot read it without running code.
@@ -211,7 +211,7 @@ def configuration(table: ModelTable) -> Any:
 def _check_adapter(config: PeftConfig | None, bare: Any, where: str) -> None:
     if config is None:
         return
-    config.inference_mode = True  # nothing is measured on a model without weights
+    config.inference_mode = True  # no measurements: the model has no weights
     quiet = logging.getLogger("steertune.adapters")
     level = quiet.level
     quiet.setLevel(logging.ERROR)

@@ -48,7 +48,7 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
         rest = [name for name in rest if name not in answers]
     elif "rejected" not in columns and (answers or ("chosen" in columns and not rest)):
         return {"prompt": columns.get("prompt", _GAP), "completion": answers[0] if answers else columns["chosen"]}
-    # two whole texts have no prompt of their own
+    # two whole texts have no separate prompt
     pair: list[Part] = ["chosen", "rejected"]
     if "prompt" in columns or not ((len(rest) == 2 and not columns) or (not rest and len(columns) == 2)):
         pair.insert(0, "prompt")

@@ -1,6 +1,6 @@
 """The columns of a data set as the trainers name them: `prompt`, `chosen`, `rejected`, `completion`.
 
-Columns of other tools are recognised, any others are named in `data.columns`:
+Columns of other tools are recognised; any others must be named in `data.columns`:
 
     question, answer_matching_behavior, answer_not_matching_behavior   CAA, Anthropic's model-written evals
     positive, negative                                                 repeng
@@ -41,7 +41,7 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
 )
 """Column names of other tools; the first match counts."""
 _ANSWERERS = ("assistant", "model")
-_FEW = 0.02  # of the pairs may have equal answers
+_FEW = 0.02  # up to this share of the pairs can have equal answers
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -50,13 +50,13 @@ class Reading:
     """How the rows of a data set are read.
 
     Attributes:
-        columns: What each part of an example is; empty: the columns are recognised.
+        columns: The column of each part of an example; if empty, the columns are recognised.
         form: What texts become: messages, plain text, or (`auto`) what the model reads.
         chat: Whether the model has a chat template; called only if `form` is `auto` and it matters.
-        strict: Whether rows are refused that are not examples.
+        strict: Whether to refuse rows that are not examples.
         answers: Whether an example needs answers; otherwise a prompt is enough.
-        name: As in `data.name`, and
-        place: from the number of a row to its place, both for messages.
+        name: `data.name`, for error messages.
+        place: Maps the number of a row to its place in the file, for error messages.
     """
 
     columns: Columns = field(default_factory=dict)
@@ -72,7 +72,7 @@ def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool, list[int]]:
     """Rows with the columns that the trainers expect, checked one by one.
 
     Returns:
-        The rows, whether the data have prompts of their own, and which rows of the data these are.
+        The rows, whether the data has separate prompts, and the index of each row in the data.
 
     Raises:
         ArmError: a column is missing, or a row is not an example; the message names its place in the file.
@@ -106,9 +106,10 @@ def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool, list[int]]:
 
 
 def _contrasting(rows: Dataset, source: Reading) -> list[int]:
-    """The rows without the few pairs whose answers are the same: they teach nothing, and large data sets have some.
+    """The indices of the rows without the few pairs whose answers are equal: these teach nothing, and large data sets
+    have some.
 
-    More than a few are a mistake, which the check names.
+    More than a few are a mistake, so then all rows are returned, and `_check` raises the error.
     """
     if not {"chosen", "rejected"} <= {*rows.column_names}:
         return [*range(len(rows))]
@@ -117,7 +118,7 @@ def _contrasting(rows: Dataset, source: Reading) -> list[int]:
     if not equal or len(equal) > _FEW * len(rows):
         return [*range(len(rows))]
     left_out = f"{len(equal)} of {len(rows)} rows of {source.name} are left out"
-    say(f"Warning: {left_out}: both of their answers are the same. The first is {source.place(equal[0])}.")
+    say(f"Warning: {left_out}: their two answers are the same. The first is {source.place(equal[0])}.")
     return sorted({*range(len(rows))} - {*equal})
 
 
@@ -134,8 +135,8 @@ def _check_names(names: Sequence[str], source: Reading) -> None:
     """Refuse rows that have no columns of an example, or seem to have them under another name."""
     if any(set(columns) <= set(names) for columns in TOKENISED_FORMATS):
         raise ArmError(
-            f"{source.name!r} holds token ids (columns {list(names)}), and recipes read texts and messages. Give the "
-            "texts, or train in Python: the trainers read tokenised rows."
+            f"{source.name!r} holds token ids (columns {list(names)}), but recipes read texts and messages. Give the "
+            "texts, or train in Python: the trainers accept tokenised rows."
         )
     enough = not source.answers and "prompt" in names
     if not enough and not any(set(columns) <= set(names) for columns in FORMATS):
@@ -149,25 +150,25 @@ def _check_names(names: Sequence[str], source: Reading) -> None:
         columns: Columns = {"prompt": odd[0], "chosen": "chosen", "rejected": "rejected"}
         raise ArmError(
             f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
-            f"name it: {as_options(columns)}. Else remove the column."
+            f"name it: {as_options(columns)}. Otherwise remove the column."
         )
 
 
 def _check_wanted(rows: Dataset, source: Reading) -> None:
-    """Refuse answers that a column `label` calls unwanted, as in KTO's data: an answer without a pair is learned."""
+    """Refuse rows whose column `label` is false, as in KTO's data: answers without a pair would be trained on."""
     if not {"completion", "label"} <= set(rows.column_names) or "chosen" in rows.column_names:
         return
     unwanted = [index for index, label in enumerate(rows["label"]) if label is False]
     if unwanted:
         raise ArmError(
-            f"{source.place(unwanted[0])}: its label is false ({len(unwanted)} of {len(rows)} rows), and completions "
-            "without a rejected answer are learned. Remove these rows, or make pairs with the columns chosen and "
+            f"{source.place(unwanted[0])}: its label is false ({len(unwanted)} of {len(rows)} rows), but completions "
+            "without a rejected answer are trained on. Remove these rows, or make pairs with the columns chosen and "
             "rejected."
         )
 
 
 def _complete(names: Sequence[str], source: Reading) -> Columns:
-    """`data.columns`, checked, with the parts whose columns have their own names."""
+    """Check `data.columns`, and add the parts whose columns already have their names."""
     where = f"{source.name!r}: columns {dict(source.columns)} cannot be filled in"
     for part, text in source.columns.items():
         try:
@@ -179,7 +180,7 @@ def _complete(names: Sequence[str], source: Reading) -> Columns:
             raise ArmError(f"{where} ({error}). Its rows have {list(names)}.") from error
         if unknown := sorted(fields - set(names)):  # nor is an attribute of a column
             raise ArmError(f"{where} ({unknown}). Its rows have {list(names)}.")
-        # a text without a column is the same in every row: right for an instruction, and else a misspelling
+        # a text without a column is the same in every row: right for an instruction, otherwise a misspelling
         if not fields and text not in names and not (part == "prompt" and " " in text.strip()):
             raise ArmError(f"{where} ({part}={text!r}). Its rows have {list(names)}.{nearest(text, list(names))}")
     by_name: dict[Part, str] = {part: part for part in _ROLES if part in names and part not in source.columns}
@@ -196,7 +197,7 @@ def _complete(names: Sequence[str], source: Reading) -> Columns:
 
 
 def _example(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The parts of an example from a row's columns; of a list of texts the first one is taken."""
+    """The parts of an example from a row's columns; the first text of a list is used."""
     row = {name: v[0] if isinstance(v, list) and v and isinstance(v[0], str) else v for name, v in row.items()}
     gaps = {part for part, text in columns.items() if any(v is None and f"{{{k}}}" in text for k, v in row.items())}
     return {
@@ -210,7 +211,7 @@ def _has_texts(examples: Sequence[dict[str, Any]]) -> bool:
 
 
 def _split(example: dict[str, Any]) -> dict[str, Any]:
-    """Two whole texts as their common beginning, the prompt, and two answers."""
+    """Split two whole texts into the prompt, which is their common beginning, and two answers."""
     chosen, rejected = example["chosen"], example["rejected"]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return example
@@ -232,13 +233,13 @@ def _as_messages(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_set_off(example: dict[str, Any]) -> bool:
-    """Whether white space stands between the prompt and an answer, or there is no prompt."""
+    """Whether there is white space between the prompt and an answer, or there is no prompt."""
     prompt, *answers = example.values()
     return not prompt.strip() or prompt[-1:].isspace() or any(answer[:1].isspace() for answer in answers)
 
 
 def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
-    """Answers that begin with white space after the prompt."""
+    """The example with white space between the prompt and each answer."""
     joined = example["prompt"][-1:].isspace() or not example["prompt"]
     return {
         part: text if part == "prompt" or joined or text[:1].isspace() else f" {text}"
@@ -279,10 +280,10 @@ def _begins_with_user(answer: Any) -> bool:
 
 
 def _check_messages(messages: Sequence[Any], part: str, where: str) -> None:
-    """Refuse messages that a chat template would write as something else than they are meant to be."""
+    """Refuse messages that a chat template would not format as intended."""
     for message in messages:
         if not isinstance(message, Mapping):
-            continue  # `check_rows` names it
+            continue  # `check_rows` reports it
         if isinstance(message.get("content"), list):
             raise ArmError(
                 f"{where}: {part!r} has a message whose content is a list of parts. The models here read text: give "
@@ -291,13 +292,13 @@ def _check_messages(messages: Sequence[Any], part: str, where: str) -> None:
         role = message.get("role")
         if isinstance(role, str) and role not in ROLES:
             raise ArmError(
-                f"{where}: {part!r} has a message of the role {shown(role)}. It must be one of "
+                f"{where}: {part!r} has a message with the role {shown(role)}. It must be one of "
                 f"{', '.join(ROLES)}. Rename it."
             )
     last = messages[-1] if messages else None
     if part != "prompt" and isinstance(last, Mapping) and last.get("role", "assistant") not in _ANSWERERS:
         raise ArmError(
-            f"{where}: {part!r} ends with a message of the role {shown(last['role'])}. An answer must be the "
+            f"{where}: {part!r} ends with a message with the role {shown(last['role'])}. An answer must be the "
             "assistant's: rename the role, or remove the message."
         )
 
@@ -313,7 +314,7 @@ def _check(rows: Dataset, source: Reading) -> None:
         readable = all(isinstance(value, str | list) for value in values.values())
         if readable and (len(set(kinds.values())) > 1 or kinds != first):
             here = ", ".join(f"{part} is {kind}" for part, kind in kinds.items())
-            other = "" if kinds == first else ", other than in the first row"
+            other = "" if kinds == first else ", unlike in the first row"
             fix = "Give all parts of all rows as texts, or all as lists of messages."
             if isinstance(values.get("prompt"), str) and _begins_with_user(values.get("chosen")):
                 fix = "The answers begin with the question, so remove the column prompt."

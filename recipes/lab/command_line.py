@@ -5,12 +5,12 @@
         ...
         return Result({"accuracy": 0.9}, "accuracy 0.9")
 
-is then called with words, `main(["my-vector", "--threads", "2"])`, and returns the exit code: 0, that of the result, 2
-for input that is wrong (one line on standard error says what), 130 after an interrupt. Its help is the docstring of
-the module. A function that returns a `Result` has `--json`. Two parameters are not options: `overrides` takes every
-`--table.key value` of an arm, and `words` is the command line as it was typed.
+is then called with the words of a command line, `main(["my-vector", "--threads", "2"])`, and returns the exit code: 0
+or that of the result, 2 for wrong input (after one line on standard error), 130 after an interrupt. Its help is the
+docstring of the module. A function that returns a `Result` has `--json`. Two parameters are not options: `overrides`
+takes every `--table.key value` of an arm, and `words` is the command line as it was typed.
 
-Nothing that takes long is imported here, so that help, completion and errors come at once.
+Nothing slow is imported here, so that help, completion and errors appear at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from steertune.recipes.lab.secrets import masked
 
 T = TypeVar("T")
 INTERRUPTED, CLOSED = 130, 141
-"""Exit codes of a shell for a process that SIGINT or SIGPIPE ended."""
+"""A shell's exit codes for a process that was ended by SIGINT or SIGPIPE."""
 _FULL = re.compile(r"os error 28|No space left|PytorchStreamWriter failed|unexpected pos")
 
 
@@ -49,7 +49,7 @@ class Result:
 
     Attributes:
         data: What `--json` prints.
-        text: What is printed otherwise; empty where the command has printed it already.
+        text: What is printed otherwise; empty if the command has printed it already.
         code: The exit code.
     """
 
@@ -63,7 +63,7 @@ class Command:
 
     Attributes:
         function: The function.
-        name: The command's name, which is that of its file; one of several in a file has the function's own.
+        name: The command's name: that of its file, or that of the function if a file has several commands.
     """
 
     def __init__(self, function: Callable[..., Result | int | None], name: str | None = None) -> None:
@@ -72,11 +72,11 @@ class Command:
         self.name = name or Path(inspect.getfile(function)).stem
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Run the command; `argv` is the command line, None: that of this process."""
+        """Run the command; `argv` is the command line, by default that of this process."""
         return run(self.build(), f"steertune {self.name}", sys.argv[1:] if argv is None else argv)
 
     def build(self, help: str | None = None) -> TyperCommand:
-        """The command for typer; `help` takes the place of the module's docstring."""
+        """The command for typer; `help` replaces the module's docstring."""
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         takes_arm = "overrides" in inspect.signature(self.function).parameters
         text = help or self.function.__globals__["__doc__"] or ""
@@ -95,7 +95,7 @@ class Command:
         added: dict[str, Any] = {"context": typer.Context}
         if Result in (signature.return_annotation, *get_args(signature.return_annotation)):
             added["as_json"] = Annotated[
-                bool, Option("--json", help="print the result as JSON, and all else to standard error")
+                bool, Option("--json", help="print the result as JSON, and everything else to standard error")
             ]
         if "overrides" in special:
             added |= {f"key_{i}": as_option(key) for i, key in enumerate(arm_keys().values())}
@@ -129,14 +129,14 @@ class Command:
 
 
 class Group:
-    """Several commands of one file, called with words of which the first names the command."""
+    """Several commands of one file; the first word of the command line selects the command."""
 
     def __init__(self, *functions: Callable[..., Result | int | None]) -> None:
         self.functions = functions
         self.name = Path(inspect.getfile(functions[0])).stem
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Run a command; `argv` is the command line, None: that of this process."""
+        """Run a command; `argv` is the command line, by default that of this process."""
         return run(self.build(), f"steertune {self.name}", sys.argv[1:] if argv is None else argv)
 
     def build(self) -> Any:
@@ -156,14 +156,14 @@ class Group:
 
 
 command = Command
-"""Makes a command of a function, which is named by its file."""
+"""Turns a function into a command that is named after its file."""
 group = Group
-"""Makes a command of a file whose functions are its subcommands."""
+"""Turns functions of a file into subcommands of a command that is named after the file."""
 
 
 def run(made: Any, called: str, words: Sequence[str]) -> int:
-    """Run a command of typer's; what is wrong with its words is one line on standard error. `called` is the name of
-    the command."""
+    """Run a typer command; if its words are wrong, print one line on standard error. `called` is the name of the
+    command."""
     try:
         return made.main(args=list(words), prog_name=called, standalone_mode=False) or 0
     except typer.TyperException as error:
@@ -183,7 +183,7 @@ def outcome(function: Callable[[], T]) -> T | int:
     try:
         return function()
     except KeyboardInterrupt:
-        saved = "The same command continues where it stopped, or starts anew if nothing was saved yet."
+        saved = "The same command continues where it stopped, or starts over if nothing was saved yet."
         print(f"\nInterrupted. {saved}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
@@ -200,12 +200,12 @@ def outcome(function: Callable[[], T]) -> T | int:
 def _advice(error: Exception) -> str | None:
     """A hint to add to an error that the user can fix; None for an internal error.
 
-    Wrong input explains every ValueError and OSError, and a model that computes NaN or infinity.
+    Every ValueError and OSError is taken as wrong input, and so is a model that computes NaN or infinity.
     """
     if _FULL.search(str(error)):
         return " Is the disk full? Make room; the same command continues where it stopped."
     if type(error).__name__ == "OutOfMemoryError":
-        return " Take fewer rows at a time, or a smaller model."
+        return " Use fewer rows at a time, or a smaller model."
     if isinstance(error, RuntimeError):
         from steertune.trainers import NonFiniteError
 

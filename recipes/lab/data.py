@@ -26,7 +26,7 @@ def load_model(table: ModelTable) -> tuple[Any, Any]:
     """Model in evaluation mode, and its tokenizer. Weights are safetensors; code that comes with a model is not run.
 
     Raises:
-        ArmError: no such model, or one that needs code of its own or a pickle.
+        ArmError: there is no such model, or it needs custom code or pickled weights.
     """
     dtype = getattr(torch, table.dtype)
     if table.name == "embedded":
@@ -35,7 +35,7 @@ def load_model(table: ModelTable) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(table.name, dtype=dtype, use_safetensors=True, **safe)
         tokenizer = AutoTokenizer.from_pretrained(table.name, **safe)
-    except Exception as error:  # of the many kinds that a folder without a model, or a broken one, leads to
+    except Exception as error:  # a missing or broken model can raise many kinds of errors
         raise not_loaded(table, error) from error
     if tokenizer.eos_token_id is None and (end := _end_of(model, tokenizer)) is not None:
         tokenizer.eos_token = end  # trainers end answers with it
@@ -45,13 +45,13 @@ def load_model(table: ModelTable) -> tuple[Any, Any]:
 def not_loaded(table: ModelTable, error: Exception) -> ArmError:
     """The error for a model that transformers cannot load, and why."""
     return ArmError(
-        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
+        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Use 'embedded', a folder or a "
+        "Hub name with config.json, a tokenizer and safetensors weights.)"
     )
 
 
 def _end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The token that the model's own configuration ends texts with; None if it names none."""
+    """The end-of-text token of the model's generation configuration; None if there is none."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     first = ids[0] if isinstance(ids, list) and ids else ids
     token = tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) and first < len(tokenizer) else None
@@ -64,7 +64,7 @@ def model_has_template(table: ModelTable) -> bool:
         return True
     try:
         tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision, trust_remote_code=False)
-    except Exception:  # `load_model` says what is wrong with it
+    except Exception:  # `load_model` reports the error
         return True
     return has_template(tokenizer)
 
@@ -105,11 +105,11 @@ def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> Mo
 def load_steered(
     folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
 ) -> tuple[Any, Any, str]:
-    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name. `base` takes
-    the place of the one that the adapter names, and `name` is that of the adapter in the model.
+    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name. `base` is
+    used instead of the base model that the adapter names, and `name` is the adapter's name in the model.
 
     Raises:
-        ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
+        ArmError: no usable adapter, no base model, or one that the adapter was not made for.
     """
     table = base_of(folder, base, dtype)
     model, tokenizer = load_model(table)
@@ -123,14 +123,12 @@ def shuffled_pairs(rows: Dataset) -> Dataset:
     """Every row with the rejected answer of the next one, so that the two answers no longer share a prompt.
 
     Raises:
-        ArmError: a single row, or rows whose answers hold their prompt.
+        ArmError: there is only one row, or the answers contain the prompt.
     """
     if len(rows) < 2:
-        raise ArmError(f"data.pairing='shuffled' needs at least 2 examples, there are {len(rows)}.")
+        raise ArmError(f"data.pairing='shuffled' needs at least 2 examples (got {len(rows)}).")
     if not {"prompt", "rejected"} <= set(rows.column_names):
-        raise ArmError(
-            f"data.pairing='shuffled' needs columns prompt and rejected; the data have {rows.column_names}."
-        )
+        raise ArmError(f"data.pairing='shuffled' needs the columns prompt and rejected (got {rows.column_names}).")
     following = rows["rejected"][1:] + rows["rejected"][:1]
     return rows.map(lambda _, index: {"rejected": following[index]}, with_indices=True)
 
@@ -140,7 +138,7 @@ class Data:
     """Training and test rows.
 
     Attributes:
-        test: Rows to measure on; none where one file is too short to be divided.
+        test: Rows to measure on; empty if a single file is too short to be divided.
         by: What tells the rows apart.
         note: How many rows each part has, and how the split was made.
     """
@@ -161,8 +159,8 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
     the model has a chat template. Without `answers`, a prompt is enough.
 
     Raises:
-        ArmError: an unknown name, a missing split, too few rows, rows that are not examples, test rows that are
-            trained on.
+        ArmError: an unknown name, a missing split, too few rows, rows that are not examples, or test rows that are
+            also training rows.
     """
     reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)
@@ -172,7 +170,7 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
     examples = table.train * table.times
     for rows, count, split in ((train, examples, table.train_split), (test, table.test, table.test_split)):
         if len(rows) < count and not one_file:
-            raise ArmError(f"data.{split}: {count} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
+            raise ArmError(f"data.{split}: {count} rows requested, {table.name!r} has {len(rows)}. Ask for fewer.")
     test = test.select(range(min(table.test, len(test))))
     note = parts.note
     if table.drop_near_duplicates and not one_file:
@@ -188,10 +186,10 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
 
 
 def _check_one_file(table: DataTable) -> None:
-    """Refuse options that change nothing where one file is divided.
+    """Refuse options that have no effect if a single file is divided.
 
     Raises:
-        ArmError: names the option.
+        ArmError: the message names the option.
     """
     unused = ["near_duplicates", "drop_near_duplicates"]
     if Path(table.name).is_file():
@@ -200,7 +198,7 @@ def _check_one_file(table: DataTable) -> None:
         value = getattr(table, key)
         if value != DataTable.model_fields[key].default:
             raise ArmError(
-                f"data.{key}={value!r} changes nothing about {table.name!r}: one file is divided by a hash of its "
+                f"data.{key}={value!r} has no effect on {table.name!r}: a single file is divided by a hash of its "
                 "rows, and near-duplicates share a part. Remove it, or give a folder with a file for each split."
             )
 
@@ -212,7 +210,7 @@ def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
 
 
 def _overlapping(name: str, parts: Parts, train: Any, test: Any, count: int) -> str:
-    """The message about a test row that is trained on."""
+    """The error message for a test row that is also a training row."""
     train_place, test_place = (
         place(rows.to_list().index(row)) if row in rows.to_list() else f"{name!r}"
         for place, rows, row in ((parts.places[0], parts.train, train), (parts.places[1], parts.test, test))

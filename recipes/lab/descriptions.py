@@ -1,4 +1,4 @@
-"""What recipes know about a vector that its file should say: what it was made from, and what strength costs."""
+"""What recipes record in a vector's file: its training data, and measurements at several strengths."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from steertune.recipes.lab.rows import BASE, Record
 
 
 def data_of(rows: Dataset, name: str | None = None) -> TrainingData:
-    """The training data: SHA-256 of its rows, each one line of JSON with sorted keys, in their order.
+    """A record of the training data, with the SHA-256 of its rows in order, each as a line of JSON with sorted keys.
 
     Args:
-        rows: What the trainer got.
-        name: What the data are called; of a path, its last part.
+        rows: The rows that were passed to the trainer.
+        name: The name of the data; of a path, only the last part is recorded.
     """
     digest = hashlib.sha256()
     for row in rows.to_list():
@@ -28,7 +28,7 @@ def data_of(rows: Dataset, name: str | None = None) -> TrainingData:
 
 
 def strength_of(record: Record) -> Strength:
-    """What a record has measured at every strength; the vector is recommended as it was trained."""
+    """The measurements of a record at every strength; the recommended strength is that of training."""
     means = record.means()
     measured = {"0" if label == BASE else label: _finite(values) for label, values in means.items()}
     return Strength(measured={label: values for label, values in measured.items() if _is_number(label)})

@@ -46,10 +46,10 @@ def detection(
     """Measure a detector on held-out rows, of which some are bad and some are not.
 
     Args:
-        scores: Of every row.
-        bad: Whether each is bad.
-        threshold: Above which score a row is flagged.
-        probability: From a score to the probability that the row is bad; None: there is none.
+        scores: The score of every row.
+        bad: Whether each row is bad.
+        threshold: Rows with a higher score are flagged.
+        probability: Maps a score to the probability that the row is bad; None if the detector gives none.
     """
     values, truth = np.asarray(scores, dtype=float), np.asarray(bad, dtype=bool)
     flagged = values > threshold
@@ -64,13 +64,13 @@ def detection(
 
 
 def share(hits: ArrayLike) -> Interval:
-    """A share with Wilson's interval; of no rows its ends are unknown."""
+    """A share with Wilson's interval; without rows, its ends are infinite."""
     events: list[bool] = np.asarray(hits, dtype=bool).tolist()
     return share_interval(events, "wilson") if events else Interval(float("nan"), -np.inf, np.inf, 0, "none")
 
 
 def auroc(scores: ArrayLike, bad: ArrayLike) -> Interval:
-    """Area under the ROC curve, with an interval that is of use at 1 too (Newcombe 2006, method 5).
+    """Area under the ROC curve, with an interval that also works at 1 (Newcombe 2006, method 5).
 
     Its ends are the areas θ whose distance from the estimate is z standard errors *at θ*, with the variance of
     Hanley and McNeil (1982):
@@ -97,9 +97,9 @@ def auroc(scores: ArrayLike, bad: ArrayLike) -> Interval:
 
 
 def auroc_difference(first: ArrayLike, second: ArrayLike, bad: ArrayLike, seed: int = 0) -> Interval:
-    """How much larger the area of the first detector is than that of the second, on the same rows.
+    """The area of the first detector minus that of the second, on the same rows.
 
-    Percentile bootstrap over bad and over innocent rows, each by itself.
+    Percentile bootstrap; bad and innocent rows are resampled separately.
     """
     truth = np.asarray(bad, dtype=bool)
     gap_PN = _wins(np.asarray(first, dtype=float), truth) - _wins(np.asarray(second, dtype=float), truth)
@@ -125,8 +125,8 @@ class Drift:
 
     Attributes:
         distance: Largest gap between their distribution functions (Kolmogorov and Smirnov).
-        p: Probability of a gap as large if both came from the same traffic.
-        shift: Of the mean score, in standard deviations of the first sample.
+        p: Probability of a gap at least as large if both came from the same traffic.
+        shift: Change of the mean score, in standard deviations of the first sample.
         flagged: Share of each that the threshold flags.
     """
 

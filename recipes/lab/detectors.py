@@ -1,4 +1,4 @@
-"""What detects bad rows: fitted monitors, and classifiers of the text beside them, on rows they were not fitted on."""
+"""Detectors of bad rows: monitors and, for comparison, text classifiers, tested on rows they were not fitted on."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from steertune.recipes.lab.text_baseline import FEATURES, TextFeatures, text_sco
 
 @dataclass(frozen=True)
 class Detector:
-    """Something that scores rows, and what it does on held-out ones.
+    """A detector that scores rows, and its result on held-out rows.
 
     Attributes:
-        name: What a page calls it.
-        monitor: None for a classifier of the text.
+        name: Its name on pages.
+        monitor: None for a text classifier.
         fitted: Cross-fitted scores of the training rows; NaN for rows that are in the fit of every fold.
-        scores: Of the held-out rows.
-        threshold: Above which score a row is flagged.
-        result: On the held-out rows; None where there are no rows of one kind.
+        scores: Scores of the held-out rows.
+        threshold: Rows with a higher score are flagged.
+        result: Measured on the held-out rows; None if these are all bad or all innocent.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Detector:
 
 
 def fit_and_test(samples: Samples, model: Any, tokenizer: Any, settings: Settings) -> list[Detector]:
-    """Monitors and classifiers of the text, fitted and chosen on the training rows and tested on the others.
+    """Monitors and text classifiers, fitted and chosen on the training rows and tested on the others.
 
     Args:
         samples: The rows.
@@ -51,10 +51,10 @@ def fit_and_test(samples: Samples, model: Any, tokenizer: Any, settings: Setting
         settings: How monitors are made.
 
     Returns:
-        The monitors and then the classifiers, of each kind first what ranks the training rows best.
+        The monitors, then the classifiers; within each kind, the one that ranks the training rows best comes first.
 
     Raises:
-        ArmError: a row is longer than the model reads.
+        ArmError: a row is longer than the model's context.
         MonitorError: the innocent training rows cannot resolve the false-positive rate.
     """
     bar = Bar(9)
@@ -83,27 +83,27 @@ def text_detector(
     folds: NDArray[np.int64],
     rate: float,
 ) -> Detector:
-    """The baseline, treated as monitors are: cross-fitted on the training rows, tested on the others.
+    """The baseline, treated like a monitor: cross-fitted on the training rows, tested on the others.
 
     Args:
-        features: What of a text is counted.
-        texts: Of the training rows, and of the held-out rows.
-        bad: The same for whether they are bad.
-        folds: As from `folds_of`.
+        features: The features of a text that are counted.
+        texts: The texts of the training rows, and of the held-out rows.
+        bad: Whether each of these rows is bad.
+        folds: The fold of each training row, from `folds_of`.
         rate: False-positive rate of the threshold.
     """
     (train, test), (bad_train, bad_test) = texts, bad
     fitted = np.full(len(train), np.nan)
     for fold in sorted({*folds.tolist()} - {-1}):
         out = np.flatnonzero(folds == fold).tolist()
-        kept = np.flatnonzero(folds != fold).tolist()
+        rest = np.flatnonzero(folds != fold).tolist()
         fitted[out] = text_scores(
-            features, [train[i] for i in kept], bad_train[kept].tolist(), [train[i] for i in out]
+            features, [train[i] for i in rest], bad_train[rest].tolist(), [train[i] for i in out]
         )
-    known = ~np.isnan(fitted)
-    threshold = choose_threshold(fitted[known & ~bad_train].tolist(), rate).value
+    scored = ~np.isnan(fitted)
+    threshold = choose_threshold(fitted[scored & ~bad_train].tolist(), rate).value
     scores = text_scores(features, train, bad_train.tolist(), test)
-    probability = calibrate(fitted[known].tolist(), bad_train[known].tolist())
+    probability = calibrate(fitted[scored].tolist(), bad_train[scored].tolist())
     result = detection(scores, bad_test.tolist(), threshold, probability) if has_both(bad_test) else None
     return Detector(f"TF-IDF of {features}", None, fitted, scores, threshold, result)
 
@@ -112,7 +112,7 @@ def detectors(
     made: Sequence[tuple[Monitor, NDArray[np.float64]]], model: Any, tokenizer: Any, rows: Dataset | None,
     bad: NDArray[np.bool_],
 ) -> list[Detector]:  # fmt: skip
-    """What fitted monitors do on held-out rows, all read in one pass."""
+    """Test fitted monitors on held-out rows, in one pass for all of them."""
     monitors = [monitor for monitor, _ in made]
     scores_by_row = [] if rows is None else scores_of(monitors, model, tokenizer, rows)
     columns = [*zip(*scores_by_row, strict=True)] or [()] * len(monitors)

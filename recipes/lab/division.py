@@ -1,8 +1,8 @@
-"""One file of data in two parts: rows to train on, and rows that are held out.
+"""Divide a single file of data into training rows and held-out rows.
 
 Which part a row belongs to is decided by a hash of its prompt, so it is the same for every arm, every recipe and every
-later run, on every machine, and stays what it is when rows are added behind it. Near-duplicates share a part, that of
-the one that stands first in the file; a row that resembles rows of both parts is left out.
+later run, on every machine, and does not change when rows are appended. Near-duplicates share a part, that of the
+first of them in the file; a row that resembles rows of both parts is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from steertune.recipes.lab.similarity import NEAR, By, Frame, digest, near_texts, texts
 
 SHARE, SMALLEST = 0.2, 8
-"""The held-out part has this share of the rows, and at least this many; as many are left to train on."""
+"""The held-out part has this share of the rows, but at least this many; at least as many are left to train on."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Division:
     """Indices of the rows of each part.
 
     Attributes:
-        held_out: Rows to measure on; none where there are too few rows.
+        held_out: Rows to measure on; empty if there are too few rows.
         left_out: Rows that resemble rows of both parts.
     """
 
@@ -50,7 +50,7 @@ class Division:
 
 
 def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float = NEAR) -> Division:
-    """Divide rows in two parts. Rows are told apart by `by`; another `salt` gives another, independent division."""
+    """Divide rows into two parts. `by` is what tells rows apart; another `salt` gives an independent division."""
     of_rows = texts(rows, by)
     frame = Frame.of(of_rows)
     unique = {text: i for i, text in reversed([*enumerate(of_rows)])}  # text -> the first row that has it
@@ -63,7 +63,7 @@ def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float =
     place = [int(digest((salt, *text)), 16) for text in of_rows]  # uniform below 2^64
 
     def parts(threshold: int) -> Division:
-        """The division in which rows below a threshold are held out, unless an earlier one decides for them."""
+        """The division that holds out rows below a threshold, unless an earlier near-duplicate decides for them."""
         part: dict[int, bool | None] = {}
         for i in firsts:
             decided = {part[k] for k in earlier[i]} - {None}

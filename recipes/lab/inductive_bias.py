@@ -1,14 +1,14 @@
 """Three numbers of inductive bias, for any adapter with a strength: how easily a solution is reached and kept.
 
     efficiency      the area under the training loss against the norm of the parameters, as the solution is scaled from
-                    nothing to what was trained; of two solutions with the same loss, the one with the smaller area
+                    zero to its trained size; of two solutions with the same loss, the one with the smaller area
                     needs less change
     stability       by how much the training loss rises under Gaussian noise that is orthogonal to the parameters, 0.1
                     to 1 times as long as they are; the mean over sizes and draws
     significance    KL to the base model on neutral text, over that of random directions that change the residual
                     stream by as much at every token
 
-The first two are those by which Soligo et al. (2506.11618) compare general with narrow solutions of one finetuning.
+Soligo et al. (2506.11618) use the first two to compare general and narrow solutions of the same finetuning.
 
 Shapes: B rows, T tokens, D width of the residual stream, L labelled tokens, V tokens of the vocabulary.
 """
@@ -46,7 +46,7 @@ SIZES = 0.1, 0.2, 0.5, 1.0
 """Lengths of the noise, as shares of the length of the parameters."""
 DRAWS = 8
 RANDOM = 19
-"""Random directions: with all of them below the adapter, p is 1/20."""
+"""Number of random directions: if all of them are below the adapter, p is 1/20."""
 _BATCH = 4
 
 
@@ -57,7 +57,7 @@ class Efficiency:
     Attributes:
         norm: Norm of the parameters that were trained.
         losses: The loss at every share of `SCALES`, in nats.
-        area: Under the loss against the norm, from 0 to `norm`: nats times the unit of the norm.
+        area: Area under the loss against the norm, from 0 to `norm`: nats times the unit of the norm.
     """
 
     norm: float
@@ -70,8 +70,8 @@ class Stability:
     """The training loss around the solution.
 
     Attributes:
-        loss: At the solution, in nats.
-        losses: The mean over the draws, for every size of `SIZES`.
+        loss: The loss at the solution, in nats.
+        losses: The mean loss over the draws, for every size of `SIZES`.
         rise: The mean of `losses` minus `loss`.
     """
 
@@ -88,7 +88,7 @@ class Significance:
         kl: KL to the base model, in nats per token.
         random: The KL of every random direction.
         ratio: `kl` over the median of `random`.
-        p: Of a permutation test: how often an adapter that is a random direction has a KL as large.
+        p: From a permutation test: how often a random direction has a KL at least as large.
     """
 
     kl: float
@@ -99,7 +99,7 @@ class Significance:
 
 @dataclass(frozen=True)
 class InductiveBias:
-    """The three."""
+    """All three numbers."""
 
     efficiency: Efficiency
     stability: Stability
@@ -118,7 +118,7 @@ def inductive_bias(
         raise ArmError("Inductive bias is measured by scaling an adapter: a steering vector or a LoRA is needed.")
     if loss.needs.views:
         raise ArmError(
-            f"The loss asks for the views {list(loss.needs.views)}, which only its training has. Choose another loss, "
+            f"The loss needs the views {list(loss.needs.views)}, which exist only in training. Choose another loss, "
             "such as cross_entropy or dpo."
         )
     shown = batches(tokenizer, rows, _BATCH)
@@ -127,7 +127,7 @@ def inductive_bias(
     generator = torch.Generator().manual_seed(seed)
     bar = Bar(3)
     with torch.no_grad():
-        # what lies below the adapter is computed once; hooks on blocks, below, need whole passes
+        # layers below the adapter are computed once; the hooks on blocks in the last step need whole passes
         with FrozenPrefix(warn=False).on(model, labels_only=True):
             with bar.step("efficiency", 0.3):
                 efficient = efficiency(lambda scale: training_loss(model, shown, loss, scale), parameter_norm(model))
@@ -145,11 +145,10 @@ def efficiency(loss: Callable[[float], float], norm: float) -> Efficiency:
 
 
 def stability(parameters: Sequence[Tensor], loss: Callable[[], float], generator: torch.Generator) -> Stability:
-    """The loss after noise, which is drawn for each tensor and taken away afterwards. `parameters` are changed in
-    place, and have their values back at the end.
+    """The loss under noise that is drawn for each tensor. `parameters` are changed in place, and restored at the end.
 
     Raises:
-        ArmError: all parameters are zero, so that noise has no size.
+        ArmError: all parameters are zero, so that the noise has no size.
     """
     noisy = [p for p in parameters if p.numel() > 1 and bool(p.detach().any())]
     if not noisy:
@@ -184,8 +183,8 @@ def _moved(parameters: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[No
 
 
 def significance(model: Any, shown: Sequence[Batch], generator: torch.Generator) -> Significance:
-    """KL of an adapter, and of random directions added at the highest block that it changes. `shown` are batches of
-    neutral text."""
+    """The KL of an adapter, against random directions added at the highest block that it changes. `shown` are batches
+    of neutral text."""
     block = top_block(model)
     base, steered, moves = [], [], []
     for batch in shown:
@@ -211,7 +210,7 @@ def significance(model: Any, shown: Sequence[Batch], generator: torch.Generator)
 
 def _kl(logps: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     """Mean over labelled tokens of KL(model || base), from log-probabilities `(L, V)` of every batch."""
-    per_token = [(own.exp() * (own - other)).sum(dim=-1) for own, other in zip(logps, base, strict=True)]
+    per_token = [(ours.exp() * (ours - theirs)).sum(dim=-1) for ours, theirs in zip(logps, base, strict=True)]
     return float(torch.cat(per_token).mean())
 
 
@@ -242,7 +241,7 @@ def trained_parameters(model: Any) -> list[Tensor]:
 
 
 def parameter_norm(model: Any) -> float:
-    """Norm of what the strength of an adapter scales: its vectors, or the changes of the weights that a LoRA makes."""
+    """Norm of what an adapter's strength scales: steering vectors, or the weight changes of a LoRA."""
     squares = [
         float(layer.get_delta_weight(name).square().sum())  # pyright: ignore[reportAttributeAccessIssue]
         for layer in model.modules()
@@ -258,7 +257,7 @@ def top_block(model: Any) -> nn.Module:
     """The highest block that an adapter changes.
 
     Raises:
-        ArmError: it changes none.
+        ArmError: the adapter changes no block.
     """
     blocks = [block for _, block in find_blocks(model.get_base_model())]
     changed = [block for block in blocks if any(isinstance(inner, BaseTunerLayer) for inner in block.modules())]
@@ -269,7 +268,7 @@ def top_block(model: Any) -> nn.Module:
 
 @contextmanager
 def _output_of(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the residual stream behind a block, `(B, T, D)` for each pass."""
+    """Collect the residual stream after a block, `(B, T, D)` for each pass."""
     states: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:

@@ -14,8 +14,8 @@ from scipy import stats
 from steertune.recipes.lab.measures import Measure, Missing, Seen
 
 FEW = 30
-"""Below this many pairs BCa intervals are too short (of 95 % they hold 90 at 10 pairs, 92 at 20, of normal
-differences), and Student's t is used."""
+"""Below this many pairs BCa intervals are too short (for normal differences, 95 % intervals cover 90 % at 10 pairs and
+92 % at 20), and Student's t is used."""
 RESAMPLES = 9999
 ROUNDING = 1e-12
 
@@ -27,9 +27,10 @@ class Interval:
     Attributes:
         estimate: Mean over the pairs.
         pairs: How many pairs there were.
-        method: `bca`, `percentile`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so
-            that nothing shows how much they vary (the ends are infinite then).
-        p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
+        method: `bca`, `percentile`, `t`, `crossed`, `tasks`, or `none` if the pairs are too few or all equal, so that
+            their spread is unknown (the ends are then infinite).
+        p: P-value of the test that matches a crossed interval or one over tasks: the error level at which the interval
+            would just contain zero.
     """
 
     estimate: float
@@ -45,7 +46,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def within(self, limits: tuple[float, float]) -> Interval:
-        """The same without what lies beyond limits that the mean cannot pass; unknown ends stay unknown."""
+        """The interval clipped to limits that the mean cannot exceed; unknown ends stay unknown."""
         if np.isinf([self.low, self.high]).any():
             return self
         low, high = np.clip([self.low, self.high], *limits).tolist()
@@ -64,17 +65,17 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     """Interval of the mean of differences that are independent of each other, such as test rows; pairs of
     task and seed are not (`seeds_interval`).
 
-    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
-    of values is too sure of itself.
+    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap interval is
+    too short.
 
     Args:
-        differences: One per pair.
-        confidence: Share of such intervals that should hold the true mean.
-        method: `bca` or `t` whatever the number of pairs.
-        seed: Of the bootstrap.
+        differences: One difference per pair.
+        confidence: Share of such intervals that should contain the true mean.
+        method: `bca` or `t`, to use it for any number of pairs.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: no difference is given, or one is not finite; `method` or `confidence` is not allowed.
+        ValueError: there are no differences, or one is not finite; `method` or `confidence` is not allowed.
     """
     if method not in (None, "bca", "t") or not 0 < confidence < 1:
         raise ValueError(
@@ -86,7 +87,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         return Interval(mean, -np.inf, np.inf, pairs, "none")
     method = method or ("bca" if pairs >= FEW else "t")
     if np.ptp(values) <= ROUNDING * max(1.0, abs(mean)):
-        # of equal differences, zeros show no difference; others may be equal by chance, so the ends are unknown
+        # if all are equal, zeros show no difference; others may be equal by chance, so the ends are unknown
         if abs(mean) <= ROUNDING:
             return Interval(0.0, 0.0, 0.0, pairs, method)
         return Interval(mean, -np.inf, np.inf, pairs, "none")
@@ -120,7 +121,7 @@ def finite(differences: ArrayLike) -> NDArray[np.float64]:
     """The differences as an array.
 
     Raises:
-        ValueError: no difference is given, or one is not finite.
+        ValueError: there are no differences, or one is not finite.
     """
     values = np.asarray(differences, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
@@ -133,12 +134,12 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     """A measure's mean over the examples of one model, with its 95 % interval for other examples.
 
     Values of 0 and 1 get Wilson's interval, which allows for the values between them that other examples of a bounded
-    measure may have. A weighted mean, such as that of a KL per token, is a ratio of two means;
-    its interval is that of `mean + weight * (value - mean) / mean weight`, whose mean and whose spread are the ratio's
-    to first order (Cochran 1977, section 6.3). A perplexity is the exponential of such a mean, and so are its ends.
+    measure may have. A weighted mean, such as that of a KL per token, is a ratio of two means; its interval is that of
+    `mean + weight * (value - mean) / mean weight`, whose mean and spread are those of the ratio to first order
+    (Cochran 1977, section 6.3). For a perplexity, the mean and the ends are exponentiated.
 
     Returns:
-        None where the model was not measured.
+        None if the model was not measured.
     """
     try:
         values, mean = measure.values(seen), measure.summary(seen)
@@ -156,7 +157,7 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     centre = float(np.average(values, weights=weights))
     around = interval(centre + weights * (values - centre) / weights.mean()).within(measure.limits)
     if (values >= 0).all():
-        around = around.within((0.0, np.inf))  # the mean of what is never below 0
+        around = around.within((0.0, np.inf))  # the mean of non-negative values is not below 0
     low, high = around.low, around.high
     if measure.total is not None:
         low, high = (float(measure.total(end)) if np.isfinite(end) else end for end in (low, high))

@@ -1,4 +1,4 @@
-"""Every `--table.key` of an arm, for help, completion and hints. Nothing that takes long is imported."""
+"""Every `--table.key` of an arm, for help, completion and hints. Slow imports are avoided."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ REFUSED = {
     "model_init_kwargs": "the recipe loads the model. Set [model].",
     "resume_from_checkpoint": "a run continues from the last checkpoint in its output folder. Set output.folder.",
     "hub_token": "it would be written into files. Set the environment variable HF_TOKEN.",
-    "push_to_hub": "recipes write to the output folder alone. Upload the adapter: hf upload NAME FOLDER/adapter.",
+    "push_to_hub": "recipes write to the output folder only. Upload the adapter: hf upload NAME FOLDER/adapter.",
     "hub_model_id": "recipes upload nothing. Upload the adapter: hf upload NAME FOLDER/adapter.",
     "eval_strategy": "recipes measure before and after the training. Remove it.",
     "trust_remote_code": "code from a Hub repository is never run. Remove it.",
 }
-"""Fields of `[trainer]` that no arm may set, and what to do instead."""
+"""Fields of `[trainer]` that an arm cannot set, and what to do instead."""
 USUAL = {
     "lr": "trainer.learning_rate",
     "learning-rate": "trainer.learning_rate",
@@ -71,7 +71,7 @@ USUAL = {
     "generations": "evaluation.generations",
     "new-tokens": "evaluation.new_tokens",
 }
-"""What people type, and the key that they mean."""
+"""Common names of other tools, and the keys that they stand for."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Key:
     """One key of an arm.
 
     Attributes:
-        group: What it is listed under.
+        group: The heading that it is listed under.
         name: `table.key`.
-        type: What its value must be.
-        default: As TOML or Python writes it; empty without a default.
-        text: What it means.
+        type: The type of its value.
+        default: Its default in the syntax of TOML or Python; empty without a default.
+        text: Its description.
     """
 
     group: str
@@ -94,7 +94,7 @@ class Key:
 
 
 def table_names() -> dict[str, None]:
-    """The tables of an arm, also by names that they had before."""
+    """The tables of an arm, including their former names."""
     return dict.fromkeys([*ArmTables.model_fields, *modules_in(INGREDIENTS), *RENAMED_TABLES])
 
 
@@ -139,7 +139,7 @@ def _of_tables() -> Iterator[Key]:
 
 
 def _of_ingredients() -> Iterator[Key]:
-    """Keys of the ingredients, and a line for each whose keys depend on what it names."""
+    """Keys of the ingredients, and one line for each ingredient whose keys depend on what it names."""
     for table in modules_in(INGREDIENTS):
         module = f"steertune.{INGREDIENTS.replace('/', '.')}.{table}"
         for node in classes_in(module):
@@ -155,7 +155,7 @@ def _of_ingredients() -> Iterator[Key]:
 
 
 def _of_loss() -> Iterator[Key]:
-    """`loss.name`, and the options of every loss: one line for what several call alike."""
+    """`loss.name`, and the options of every loss; an option that several losses have gets one line."""
     names = modules_in("losses")
     yield Key("loss", "loss.name", " | ".join([*names, "upstream"]), "dpo", "What is minimised.")
     for field in arguments_of("steertune.losses", "get_loss"):
@@ -178,7 +178,7 @@ def _of_loss() -> Iterator[Key]:
 
 
 def _of_adapter() -> Iterator[Key]:
-    """The fields of a steering vector, and what LoRA has beside them."""
+    """The fields of a steering vector, and those that only LoRA has."""
     ours = fields_of("steertune.adapters.config", "SteeringVectorConfig")
     yield Key("adapter", "adapter.type", "str", "steering_vector", ArmTables.model_fields["adapter"].description or "")
     for field in ours.values():
@@ -189,7 +189,7 @@ def _of_adapter() -> Iterator[Key]:
 
 
 def _of_trainer() -> Iterator[Key]:
-    """The fields of TRL's arguments, with a note where only one of its trainers has them."""
+    """The fields of TRL's arguments, with a note on those that only one of its trainers has."""
     pairs, demonstrations = fields_of("trl", "DPOConfig"), fields_of("trl", "SFTConfig")
     for name, field in (pairs | demonstrations).items():
         if name not in REFUSED:
@@ -204,7 +204,7 @@ def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
 
 
 def _plain(kind: str) -> str:
-    """A type as a reader of the help needs it: `a | b` for a choice, without what None and modules add."""
+    """A type as shown in the help: `a | b` for a choice, without None and without module names."""
     kind = re.sub(r"\b(?:typing|collections\.abc|annotationlib)\.", "", kind)
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
@@ -229,7 +229,7 @@ def _unquoted(default: str) -> str:
 
 def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:
     """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line. The
-    command's `own` options, such as `--train`, go before a table of the same name.
+    command's `own` options, such as `--train`, take precedence over a table of the same name.
 
     Returns:
         The other words, and what `load_arm` takes as overrides.
@@ -256,7 +256,7 @@ def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str
 
 
 def _check(name: str) -> None:
-    """Refuse a key that its table cannot have; an adapter's keys depend on its type and are checked with it."""
+    """Refuse a key that its table cannot have; an adapter's keys depend on its type and are checked later."""
     table, _, key = name.partition(".")
     closed = {full.partition(".")[0] for full in arm_keys() if not full.endswith("KEY")} - {"adapter"}
     if table not in closed or name in arm_keys() or key in REFUSED:

@@ -1,4 +1,4 @@
-"""How likely a model finds answers, and what it would have said in their place.
+"""Likelihoods of answers under a model, and its log-probabilities of all tokens at their places.
 
 Shapes: T tokens of an answer, L of all answers of a batch, V tokens of the vocabulary.
 """
@@ -18,7 +18,7 @@ from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.scorers import as_rows
 from steertune.trainers import Batch, ModelAt, labelled_logits
 
-NEUTRAL_BATCH = 16  # what rows begin with in common runs once in a batch
+NEUTRAL_BATCH = 16  # the common prefix of rows is computed once per batch
 Row = tuple[str, str]
 """A prompt and an answer."""
 
@@ -27,7 +27,7 @@ Row = tuple[str, str]
 def likelihoods(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], size: int
 ) -> dict[Row, tuple[float, int]]:
-    """Negative log-likelihood (nats) and tokens of every answer, but for empty ones; `size` is the rows of a pass."""
+    """Negative log-likelihood (nats) and number of tokens of every answer that is not empty, `size` rows at a time."""
     different = [row for row in dict.fromkeys(rows) if row[1].strip()]
     values: list[tuple[float, int]] = []
     for batch in batches(tokenizer, as_rows(tokenizer, different), size) if different else []:
@@ -45,7 +45,7 @@ def neutral_logps(
 
 @torch.no_grad()
 def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The same of rows that are tokenised already."""
+    """Like `neutral_logps`, for rows that are tokenised already."""
     logps = []
     for batch in shown:
         batch = batch.to(model.device)

@@ -13,7 +13,7 @@ _PROCESS = Path("/proc/self")
 
 
 def reset_peak_memory() -> None:
-    """Count the peak memory from now on, where the system can (CUDA, Linux)."""
+    """Restart the count of peak memory, where the system supports it (CUDA, Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _PROCESS.is_dir():
@@ -22,7 +22,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of the process, or of the GPU where there is one, in GB, since `reset_peak_memory`."""
+    """Peak memory in GB since `reset_peak_memory`: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if _PROCESS.is_dir():

@@ -62,7 +62,7 @@ class Samples:
     Attributes:
         train: Rows to fit and to choose on.
         test: Rows to test on; those of test files come last.
-        held_out: How many of them come from the divided files.
+        held_out: How many of the test rows come from the divided files.
         note: How many rows each part has, and how they were divided.
     """
 
@@ -73,7 +73,7 @@ class Samples:
 
 
 def gather(parts: Sequence[Transcripts], tests: Sequence[Transcripts], rate: float) -> Samples:
-    """Divide transcripts by a hash of the prompt, near-duplicates together; rows of test files are all tested on.
+    """Divide transcripts by a hash of the prompt, near-duplicates together; all rows of test files are test rows.
 
     Args:
         parts: Files whose rows are divided.

@@ -1,6 +1,6 @@
 """Fit monitors of transcripts, and choose layer, method, pooling and threshold.
 
-All choices are made on the training rows by cross-fitting: they are divided into folds, near-duplicates together, and
+All choices are made on the training rows by cross-fitting: these are divided into folds, near-duplicates together, and
 every fold is scored by monitors fitted on the other folds. So threshold and calibration come from scores of rows that
 the direction was not fitted on, and no choice depends on the held-out rows.
 """
@@ -58,10 +58,10 @@ class Settings:
 
     Attributes:
         rate: False-positive rate of the threshold.
-        layers: Indices of the candidate blocks; the training rows decide.
+        layers: Indices of the candidate blocks, from which one is chosen on the training rows.
         methods: Files of `adapters/monitors/fits/`.
-        poolings: How scores of tokens become those of rows.
-        site: What is read.
+        poolings: How scores of tokens are combined into scores of rows.
+        site: The site whose states are read.
         tokens: Which tokens are read.
     """
 
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """What monitors are fitted on.
+    """The model, rows and settings for fitting monitors.
 
     Attributes:
         model: The model that is read, with its adapters as they are.
@@ -102,10 +102,10 @@ class Task:
 
 
 def read_batches(tokenizer: Any, rows: Dataset) -> list[dict[str, Any]]:
-    """Rows with `prompt` and `completion` as batches that monitors read, in their order.
+    """Rows with `prompt` and `completion` as batches for monitors, in the order of the rows.
 
-    The token that ends an answer is not read, as generation stops there; so a text has the same scores as while it was
-    generated.
+    The token that ends an answer is not read, since generation stops there; so a text has the same scores as when it
+    was generated.
     """
     return [
         {**batch.inputs, "labels": _without_end(batch.labels, tokenizer.eos_token_id)}
@@ -114,8 +114,8 @@ def read_batches(tokenizer: Any, rows: Dataset) -> list[dict[str, Any]]:
 
 
 def _without_end(labels_BT: torch.Tensor, end: int | None) -> torch.Tensor:
-    """Labels without the token that ends an answer and what the chat template adds after it; an answer of that token
-    alone keeps it."""
+    """Labels without the token that ends an answer and what the chat template adds after it; it is kept if the answer
+    is that token alone."""
     shortened_BT = labels_BT.clone()
     for labels_T in shortened_BT:
         places = (labels_T != -100).nonzero()[:, 0]
@@ -126,7 +126,7 @@ def _without_end(labels_BT: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 def scores_of(monitors: Sequence[Monitor], model: Any, tokenizer: Any, rows: Dataset) -> list[list[float]]:
-    """For every row, its score by each of the monitors, which all read in one pass.
+    """The score of every row by each of the monitors, all computed in one pass.
 
     Args:
         monitors: The monitors.
@@ -144,8 +144,8 @@ def fit_monitors(task: Task) -> list[tuple[Monitor, NDArray[np.float64]]]:
     """Fit a monitor for every method and pooling, at the layer that the training rows choose.
 
     Returns:
-        The monitors, with threshold and calibration, and the cross-fitted scores of the training rows; the one that
-        ranks these best stands first.
+        The monitors, with threshold and calibration, and the cross-fitted scores of the training rows; the monitor
+        that ranks these best comes first.
 
     Raises:
         MonitorError: the innocent rows cannot resolve the false-positive rate, or there are no bad or innocent rows.
@@ -169,20 +169,21 @@ def fit_monitors(task: Task) -> list[tuple[Monitor, NDArray[np.float64]]]:
 
 
 def with_threshold(monitor: Monitor, scores: NDArray[np.float64], bad: NDArray[np.bool_], rate: float) -> Monitor:
-    """The monitor with a threshold and a calibration, from scores of rows that it was not fitted on (NaN: none).
+    """The monitor with a threshold and a calibration, from scores of rows that it was not fitted on (NaN: no score).
 
     Raises:
         MonitorError: the innocent rows cannot resolve the false-positive rate.
     """
-    known = ~np.isnan(scores)
-    threshold = choose_threshold(scores[known & ~bad].tolist(), rate)
-    return replace(monitor, threshold=threshold, calibration=calibrate(scores[known].tolist(), bad[known].tolist()))
+    scored = ~np.isnan(scores)
+    threshold = choose_threshold(scores[scored & ~bad].tolist(), rate)
+    calibration = calibrate(scores[scored].tolist(), bad[scored].tolist())
+    return replace(monitor, threshold=threshold, calibration=calibration)
 
 
 def folds_of(rows: Dataset, bad: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The fold of every row, `(rows,)`, whose fit leaves it out; -1 if none does. Near-duplicates share a fold. If all
-    bad rows are near-duplicates of each other, such as a single one, no fit leaves them out, since none would be
-    possible without them.
+    """The fold whose fit leaves each row out, `(rows,)`; -1 if none does. Near-duplicates share a fold. If all bad
+    rows are near-duplicates of each other, or there is only one, no fit leaves them out, since it would be impossible
+    without them.
     """
     listed = rows.to_list()
     groups = groups_of(listed, told_apart_by(listed))
@@ -217,7 +218,7 @@ def groups_of(rows: Sequence[dict[str, Any]], by: By) -> NDArray[np.int64]:
 def _cross_fitted(
     task: Task, states: PooledStates, folds: NDArray[np.int64], known: Mapping[str, Any], batches: Sequence[Any]
 ) -> dict[Choice, NDArray[np.float64]]:
-    """The scores of the training rows by monitors that were not fitted on them; NaN where there is none."""
+    """The scores of the training rows by monitors that were not fitted on them; NaN without such a monitor."""
     settings = task.settings
     numbers = sorted({*folds.tolist()} - {-1})
     # poolings that are fitted on the same states share their directions
@@ -255,20 +256,20 @@ def _sides(
 def _rank(
     scores: NDArray[np.float64], bad: NDArray[np.bool_], choice: Choice, layers: Sequence[int]
 ) -> tuple[float, float, float]:
-    """How good a layer is; without scores, how close it is to the middle of the candidates."""
+    """The quality of a layer, by which candidates are ranked; ties go to the layer closest to their middle."""
     middle = layers[0] + _CENTRAL * (layers[-1] - layers[0])
     return (*quality(scores, bad), -abs(choice.layer - middle))
 
 
 def quality(scores: NDArray[np.float64], bad: NDArray[np.bool_]) -> tuple[float, float]:
-    """Area under the ROC curve, and the gap of the means in standard deviations, which still differs at an area of
-    1; zeros where no bad row was left out."""
-    known = ~np.isnan(scores)
-    if not has_both(bad[known]):
+    """Area under the ROC curve, and the difference of the means in standard deviations, which breaks ties at an area
+    of 1; zeros if no bad row was left out."""
+    scored = ~np.isnan(scores)
+    if not has_both(bad[scored]):
         return 0.0, 0.0
-    first, second = scores[known & bad], scores[known & ~bad]
+    first, second = scores[scored & bad], scores[scored & ~bad]
     spread = float(np.sqrt((first.var() + second.var()) / 2)) or 1.0
-    return round(float(roc_auc_score(bad[known], scores[known])), 6), float(first.mean() - second.mean()) / spread
+    return round(float(roc_auc_score(bad[scored], scores[scored])), 6), float(first.mean() - second.mean()) / spread
 
 
 def has_both(bad: NDArray[np.bool_]) -> bool:

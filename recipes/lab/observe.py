@@ -4,8 +4,8 @@
     neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
               summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, whether each was cut off, and the scorer's judgement of it
-    prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
-    questions log-probabilities of the right and of wrong ends of sentences that everybody can end
+    prompted  KL of the prompted base model to the model on each of its answers (summed), and their tokens
+    questions log-probabilities of the right and of wrong ends of common-knowledge sentences
 
 Shapes: B rows of a batch, T labelled tokens of a row, N of all rows, V tokens of the vocabulary.
 """
@@ -41,22 +41,22 @@ from steertune.trainers.views import Views
 NEUTRAL = TASKS / "neutral.jsonl"
 QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
-_TOKENS = 8  # whose distributions stay in a processor's cache
+_TOKENS = 8  # few enough that their distributions stay in a processor's cache
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
 """Label -> strength."""
 Show = Callable[[Dataset], Dataset]
-"""Turns rows into those that a model sees instead, such as the same prompts with an instruction."""
+"""Maps rows to the rows that a model reads instead, such as the same prompts with an instruction."""
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt that a model may learn to do without.
+    """A prompt that a model can learn to do without.
 
     Attributes:
-        view: From rows to the rows behind the prompt.
-        answers: Prompts, and what the base model says to them behind it.
+        view: Puts the prompt in front of rows.
+        answers: Prompts, with the base model's answers to them when it reads the prompt first.
     """
 
     view: View
@@ -69,17 +69,17 @@ class HeldOut:
 
     Args:
         pairs: Test rows: preference pairs, or prompts alone.
-        neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
-        asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
+        neutral: Prompts and completions unrelated to the behaviour, on which side effects are reported.
+        asked: Rows whose prompts are answered instead of the test rows' prompts; None: the test rows.
         matching: Further neutral rows, on which strengths are matched; None: they are not matched.
-        questions: How many of the sentences with a known end to use.
+        questions: How many of the common-knowledge sentences to use.
         instruction: An instruction that asks for the behaviour; "" if there is none.
         undo: Removes the behaviour from a text; None: no rule can.
-        generations: How many of the first prompts are answered.
-        neutral_generations: How many of the first neutral prompts are answered.
-        new_tokens: Longest generated answer.
+        generations: How many of the prompts are answered, from the first.
+        neutral_generations: How many of the neutral prompts are answered, from the first.
+        new_tokens: Maximum length of a generated answer.
         scorer: Judges the answers; None: they are not judged.
-        prompted: The prompt that is distilled, and answers behind it; None: no prompt is.
+        prompted: The prompt that is distilled, and the base model's answers with it; None: no prompt is.
         prefix: Caches what the layers below an adapter compute; None: nothing is cached.
         batch_size: Rows in one forward pass.
     """
@@ -103,9 +103,9 @@ class HeldOut:
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """Cached results of the base model."""
     neutral_logps: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
-    """Log-probabilities of neutral answers under the base model, which may be those of several `HeldOut`."""
+    """Log-probabilities of neutral answers under the base model, which several `HeldOut` can share."""
     plain: HeldOut | None = None
-    """The examples without the prompt, if these have one in front."""
+    """The examples without the prompt, if it is in front of these."""
 
     def behind(self, show: Show) -> HeldOut:
         """The same examples with something else in front of every prompt."""
@@ -113,7 +113,7 @@ class HeldOut:
         return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), asked=asked, plain=self.plain or self)
 
     def without_answers(self) -> HeldOut:
-        """The same examples, of which no prompt is answered."""
+        """The same examples, but without generated answers."""
         return replace(self, generations=0, neutral_generations=0, scorer=None)
 
     @cached_property
@@ -136,7 +136,7 @@ class HeldOut:
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
-        """Forward passes inside use the cached prefix, if `model` shares the base's weights.
+        """Use the cached prefix for forward passes inside, if `model` shares the base's weights.
 
         Entering reads the weights below the adapter; nested contexts for the same model cost nothing.
         """
@@ -153,7 +153,7 @@ class HeldOut:
                 self.shared["remembered"] = outer
 
     def pack_base(self) -> AbstractContextManager[None]:
-        """Forward passes of the base model inside leave padding out, and keep nothing of rows that come once."""
+        """Skip padding in forward passes of the base model inside, and cache nothing, as rows come only once."""
         if self.prefix is None or self.shared.get("remembered") is self.model:
             return nullcontext()
         return self.prefix.on(self.model, labels_only=True, keep=False)
@@ -165,7 +165,7 @@ def behind(view: View, rows: Dataset) -> Dataset:
 
 
 def prompts_in(rows: Dataset) -> list[Any]:
-    """The prompts of rows that are not empty."""
+    """The prompts of rows, without empty ones."""
     return [prompt for prompt in rows["prompt"] if prompt] if "prompt" in rows.column_names else []
 
 
@@ -232,7 +232,7 @@ def _add_base_likelihood(
     """Observe the negative log-likelihood of answers under the base model (nats, summed), with a text before every
     prompt."""
     prompts = [f"{before}{plain(prompt)}" for prompt in (held_out.plain or held_out).prompts]
-    # answers to one prompt side by side: what they begin with runs once
+    # answers to the same prompt are next to each other, so that their common prefix is computed once
     rows = [(prompts[i], of_label[i]) for i in range(len(prompts)) for of_label in texts.values()]
     with held_out.pack_base():
         nats_of = likelihoods(held_out.model, held_out.tokenizer, rows, NEUTRAL_BATCH)
@@ -243,7 +243,7 @@ def _add_base_likelihood(
 
 @torch.no_grad()
 def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
-    """Log-probability of the right end of a simple sentence, among it and three other words."""
+    """Log-probability of the right last word of a simple sentence, among that word and three others."""
     if not held_out.questions:
         return {}
     tokenizer = held_out.tokenizer
@@ -262,16 +262,16 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
-    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case does not
-    count as lost knowledge."""
+    """Tokens that a word can begin with, in any case, so that a behaviour that changes the case does not count as lost
+    knowledge."""
     variants = [f" {form}" for form in (word, word.lower(), word.capitalize())]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
-    return {own[0] for own in ids if own}
+    return {tokens[0] for tokens in ids if tokens}
 
 
 def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
-    """Whether the first of several choices is the likeliest, and its negative log-probability among them; None where
-    the tokenizer cannot keep them apart by their first token."""
+    """Whether the first of several choices is the likeliest, and its negative log-probability among them; None if the
+    tokenizer does not tell them apart by their first token."""
     if len(set().union(*choices)) < sum(map(len, choices)) or not all(choices):
         return None, None
     logps = torch.stack([logps_V[sorted(tokens)].logsumexp(dim=0) for tokens in choices])
@@ -280,7 +280,7 @@ def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | N
 
 @torch.no_grad()
 def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
-    """How far a model and the base are from the prompted base, on the prompted base's answers."""
+    """KL of the prompted base model to a model and to the plain base model, on the prompted model's answers."""
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
@@ -294,7 +294,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
         target, base = (base_at(1.0, view=shown, distribution=True) for shown in ("prompt", ""))
         base_nats, _ = _distance(target, base)
         for label, strength in strengths.items():
-            # a model that is measured with the prompt gets it here, too
+            # a model that is measured with the prompt reads it here, too
             view_shown = "prompt" if held_out.plain is not None else ""
             nats, agreed = _distance(target, at(strength, view=view_shown, distribution=True))
             observed[label]["prompted_nats"] += nats.tolist()
@@ -320,8 +320,8 @@ class Observer(NamedTuple):
     """One kind of example.
 
     Attributes:
-        step: What the progress bar calls it.
-        look: From a model, the examples and strengths to the observations at each strength.
+        step: Its name in the progress bar.
+        look: Computes the observations at each strength, from a model, the examples and strengths.
     """
 
     step: str
@@ -339,7 +339,7 @@ OBSERVERS = {
 
 def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
     """Sums over the tokens of every neutral answer, and the 95th percentile of their KL. If `steered` has fewer rows
-    than the base, they are the first ones."""
+    than `base`, they are its first ones."""
     kl_T = [_kl(ours, theirs) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],
@@ -356,7 +356,7 @@ def _kl(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
 
 
 FEW_NEUTRAL = 16
-"""Neutral rows of a page about one model, few for speed; grids use all of them."""
+"""Number of neutral rows for a page about one model, small for speed; grids use all of them."""
 
 
 def neutral_rows(
@@ -365,18 +365,18 @@ def neutral_rows(
     rows: Dataset | None = None,
     count: int | None = None,
 ) -> Dataset:
-    """Everyday questions and answers that no behaviour is about, every other row: conversations, or plain text for a
+    """Everyday questions and answers unrelated to any behaviour, every other row: conversations, or plain text for a
     tokenizer without a chat template.
 
     Args:
-        tokenizer: The tokenizer that will read them; None: they stay as they are.
+        tokenizer: The tokenizer that will read them; None: they are not converted.
         part: Side effects are reported on other rows than those on which strengths are matched, so that a match to
             particular rows is not mistaken for few side effects.
-        rows: All of them; None: the embedded ones, 64 for each part.
-        count: Only the first of the part; None: all.
+        rows: The rows of both parts; None: the embedded ones, 64 for each part.
+        count: How many rows of the part to use, from the first; None: all.
 
     Raises:
-        ArmError: there are not two rows.
+        ArmError: there are fewer than two rows.
     """
     rows = Dataset.from_list(read_jsonl(NEUTRAL)) if rows is None else rows
     if len(rows) < 2:

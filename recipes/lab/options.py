@@ -1,4 +1,4 @@
-"""The options that several commands share, and the kinds that they are made of."""
+"""The options that several commands share, and the kinds of options that these are built from."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["LAYERS", "Argument", "ArmName", "Base", "Choice", "ColumnNames", "Co
 
 
 def whole_number(value: str | int) -> int:
-    """A number that counts something: whole, and 1 or more. Typer reads defaults with it too."""
+    """Parse a whole number of 1 or more. Typer also calls it with defaults."""
     text = str(value)
-    # more digits than a count has are not even read: Python refuses 4300
+    # longer numbers are not parsed: Python refuses more than 4300 digits
     if not text.isascii() or not text.isdigit() or len(text) > 10 or not 1 <= int(text) <= 2**31:
         raise typer.BadParameter(f"{text!r:.80} must be a whole number of 1 or more")
     return int(text)
@@ -46,10 +46,10 @@ def Choice(names: Sequence[str], help: str, *flags: str, **settings: Any) -> Any
 
 
 Layers = Annotated[list[str], Option(help="indices, fractions of the depth, or 'all'", metavar="LAYER ...")]
-"""`--layers` of a comparison of layers."""
+"""`--layers` of commands that compare layers."""
 LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
 """Its default."""
-Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process may use)")]
+Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process can use)")]
 """`--threads` of every command that computes."""
 Base = Annotated[str | None, Option(help="base model: embedded, a local folder or a Hub name (the adapter's own)")]
 """`--model` of every command that loads an adapter."""
@@ -67,7 +67,7 @@ ColumnNames = Annotated[
 
 
 def columns_of(words: Sequence[str] | None) -> dict[Part, str]:
-    """What `--columns` says.
+    """Parse the value of `--columns`.
 
     Raises:
         ArmError: a word is not written as `part=column`, or names another part.

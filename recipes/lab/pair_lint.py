@@ -1,4 +1,4 @@
-"""What makes pairs teach or measure something else than was meant. It warns, and refuses nothing."""
+"""Find problems that make pairs teach or measure something unintended. They are only warnings."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from sklearn.model_selection import GroupKFold
 from steertune.recipes.lab.similarity import By, digest, text_of, texts, words
 
 LONGER = 0.8
-"""Share of the pairs from which on one side being longer is worth a warning, and"""
+"""Warn if one side is longer in at least this share of the pairs, and"""
 RATIO = 1.3
-"""how many times as long it is then, on average."""
+"""on average at least this many times as long."""
 TELLING = 0.9
-"""Accuracy of a bag of words from which on single words give the behaviour away."""
+"""Warn if a bag of words has at least this accuracy: single words then give the behaviour away."""
 EDGE = 0.05
 """A base model is at its floor or ceiling within this distance of accuracy 0 or 1."""
 LISTED = 10
-"""So many rows are named at most."""
+"""Maximum number of rows that are named."""
 _FOLDS, _FEWEST, _MOST = 5, 10, 2000
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about pairs.
+    """One problem of pairs.
 
     Attributes:
-        text: What was found, and what to do about it.
-        rows: Where the first rows that it is about stand.
-        value: The number behind it, if there is one.
+        text: The problem, and what to do about it.
+        rows: Places of the first rows that it is about.
+        value: The measured number, if there is one.
     """
 
     check: str
@@ -57,7 +57,7 @@ def lint(rows: Dataset, by: By, place: Callable[[int], str]) -> list[Finding]:
 
 
 def at_edge(accuracy: float, pairs: int) -> Finding | None:
-    """Whether a base model orders nearly all pairs right already, or nearly none."""
+    """A finding if a base model already orders nearly all pairs right, or nearly none."""
     measured = f"The base model prefers the chosen answer in {accuracy:.0%} of {pairs} pairs"
     if accuracy >= 1 - EDGE:
         text = f"{measured}, which leaves little to gain. Look at margins and answers, or use harder pairs."
@@ -76,7 +76,7 @@ def warn(findings: Sequence[Finding | None], name: str) -> None:
 
 
 def warn_of(rows: Dataset, by: By, name: str) -> None:
-    """Check the pairs that a recipe was given, and print what was found; `steertune lint` names the rows."""
+    """Check the pairs of a recipe, and print the findings; `steertune lint` names the rows."""
     warn(lint(rows, by, str), name)
 
 
@@ -111,7 +111,7 @@ def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], 
 
 
 def _of_rows(check: str, text: str, rows: Sequence[int], place: Callable[[int], str]) -> Finding:
-    """A finding about some rows, whose number is its value; the first of them are named."""
+    """A finding about some rows: their number is its value, and the first of them are named."""
     return Finding(check, text, tuple(map(place, rows[:LISTED])), len(rows))
 
 
@@ -147,7 +147,7 @@ def _words(pairs: Sequence[dict[str, Any]], by: By) -> Finding | None:
 
 
 def words_accuracy(pairs: Sequence[dict[str, Any]], by: By) -> float | None:
-    """How often a linear model of word counts finds the chosen answer of a pair whose prompt it was not fitted on.
+    """How often a linear model of the words identifies the chosen answer of a pair whose prompt it was not fitted on.
 
     Cross-validated by prompt, on 2,000 pairs at most; None for fewer than 10 prompts.
     """

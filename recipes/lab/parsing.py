@@ -1,6 +1,6 @@
-"""How commands read their words and write their help: typer's classes, adapted to our command lines.
+"""Typer's classes for parsing command lines and writing help, adapted to the recipes.
 
-An option may take several values in a row (`--layers 8 12`), the command of an arm takes every `--table.key value`,
+An option can take several values in a row (`--layers 8 12`), the command of an arm takes every `--table.key value`,
 and help shows a docstring as it is written.
 """
 
@@ -56,7 +56,7 @@ class RootGroup(_Plain, TyperGroup):
 
 
 class PlainCommand(_Plain, TyperCommand):
-    """A command whose options take several values in a row, and which knows the name that was meant."""
+    """A command whose options take several values in a row, and whose errors suggest the nearest option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["words"] = list(args)
@@ -70,13 +70,13 @@ class PlainCommand(_Plain, TyperCommand):
         return super().parse_args(ctx, spread(args, several))
 
     def hint(self, name: str, names: set[str]) -> str:
-        """What a wrong name was meant to be."""
+        """The end of an error message that suggests what a wrong name was meant to be."""
         near = get_close_matches(name, names, n=1)
         return f" Did you mean {near[0]}?" if near else " --help lists them."
 
 
 class ArmCommand(PlainCommand):
-    """The same with every key of an arm as an option."""
+    """A `PlainCommand` that also has every key of an arm as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         check_words(args)
@@ -94,10 +94,10 @@ class ArmCommand(PlainCommand):
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse a command line that no recipe could keep: one with a secret in it.
+    """Refuse a command line that contains a secret, since recipes save it.
 
     Raises:
-        ArmError: a word holds a secret, or a byte that is not of UTF-8.
+        ArmError: a word contains a secret.
     """
     for word in words:
         if holds_secret(word):
@@ -108,8 +108,8 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def spread(words: Sequence[str], several: set[str]) -> list[str]:
-    """Words in which an option that takes several values stands before each: `--layers 8 12` is `--layers 8 --layers
-    12`. Numbers below 0 are values."""
+    """Repeat an option that takes several values before each of them: `--layers 8 12` becomes `--layers 8 --layers
+    12`. Negative numbers are values, not options."""
     result: list[str] = []
     option: str | None = None
     for i, word in enumerate(words):
@@ -127,9 +127,9 @@ def spread(words: Sequence[str], several: set[str]) -> list[str]:
 
 
 def as_option(key: Key) -> Any:
-    """A key as an option of the help; its value is read with all overrides."""
+    """A key as an option for the help; its value is parsed with the other overrides."""
     headings = {
-        "trainer": "trainer: TRL's DPOConfig and SFTConfig, with their defaults; an arm's file may set others",
+        "trainer": "trainer: TRL's DPOConfig and SFTConfig, with their defaults; an arm's file can set others",
     }
     text = f"{_short(key.text)} [{key.default}]" if key.default else _short(key.text)
     return Annotated[
@@ -145,7 +145,7 @@ def as_option(key: Key) -> Any:
 
 
 def _short(text: str, length: int = 200) -> str:
-    """The first sentences of a text, as many as the length has room for."""
+    """The first sentences of a text, as many as fit in a length."""
     sentences = re.split(r"(?<=[.!?]) (?=[A-Z`])", text)
     short = sentences[0]
     for sentence in sentences[1:]:

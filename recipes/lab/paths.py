@@ -1,4 +1,4 @@
-"""Where the recipes keep what they read."""
+"""Folders of the files that recipes read."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ TASKS = RECIPES / "tasks"
 
 
 def modules_in(folder: str) -> list[str]:
-    """The public modules of a folder of the library, as `adapters/exports`: what a name in a command may be."""
+    """The public modules of a folder of the library such as `adapters/exports`: the valid names in a command."""
     return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))

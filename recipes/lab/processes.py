@@ -1,7 +1,7 @@
-"""How every recipe starts: how many processes there are, whether that is as many as were asked for, and their threads.
+"""The start of every recipe: check the number of processes against the requested number, and set their threads.
 
-`accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so the
-request is read from the command line of the launcher.
+`accelerate launch --num_processes 2 --cpu` silently runs one process (huggingface/accelerate#2741), so the requested
+number is read from the command line of the launcher.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from torch.utils.cpp_extension import get_default_build_root
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.quiet import quiet
 
-_MOST_THREADS = 64  # are started anywhere
+_MOST_THREADS = 64  # every machine can start this many
 
 
 def begin(threads: int | None = None, running: int | None = None, only_one: bool = False) -> None:
-    """Check that as many processes run as were asked for, set the threads of a CPU run, and silence libraries.
+    """Check that the requested number of processes runs, set the threads of a CPU run, and silence libraries.
 
     Args:
         threads: CPU threads of this process; None: `OMP_NUM_THREADS`, else the cores that this process may use, which
             the processes of one launch share.
-        running: How many processes there are, where they work side by side and form no group.
-        only_one: Whether several would all do the same.
+        running: How many processes there are, if they work independently and form no group.
+        only_one: Whether the recipe has work for only one process.
 
     Raises:
-        ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, FSDP without
-            a GPU, which accelerate silently turns into DDP, or more threads than a machine starts.
+        ArmError: fewer processes run than were requested, or more than the recipe has work for; FSDP without a GPU,
+            which accelerate silently turns into DDP; more threads than a machine can start.
     """
     quiet()
     check_threads(threads)
-    # accelerate must hear that this is a CPU run, or every process of several believes to be alone
+    # without `cpu`, each of several processes of a CPU run is taken for the only one by accelerate
     state = PartialState(cpu=not torch.cuda.is_available())
     running = running or state.num_processes
     launched = launcher()
     requested = None if launched is None else asked_for(launched[1])
     if requested is not None and requested > running:
         raise ArmError(
-            f"{requested} processes were asked for, {running} run ({state.distributed_type.value}). On a CPU: "
-            "accelerate launch --config_file $(steertune config cpu_ddp) ..., not --cpu nor MULTI_CPU."
+            f"{requested} processes were requested, but {running} run ({state.distributed_type.value}). On a CPU, use "
+            "accelerate launch --config_file $(steertune config cpu_ddp) ..., not --cpu or MULTI_CPU."
         )
     if only_one and running > 1:
-        raise ArmError(f"{running} processes run, and this recipe has work for one. Start it with python.")
+        raise ArmError(f"{running} processes run, but this recipe has work for one. Start it with python.")
     device = str(state.device)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and device == "cpu":
         raise ArmError("FSDP needs a GPU; without one, accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
@@ -63,31 +63,31 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse threads that a machine may not be able to start, which ends the process without a word.
+    """Refuse more threads than a machine can be sure to start, since the process would end without an error.
 
     Raises:
-        ArmError: names the cores.
+        ArmError: the message names the number of cores.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > max(_MOST_THREADS, 4 * cores):
-        raise ArmError(f"threads={threads}, and this machine has {cores} cores. Use one thread for each at most.")
+        raise ArmError(f"threads={threads}, but this machine has {cores} cores. Use one thread for each at most.")
 
 
 def say_build_locks() -> None:
-    """Name the lock files of PyTorch's extensions, as DeepSpeed's optimiser is one: a build that was killed leaves its
+    """Print the lock files of PyTorch extensions such as DeepSpeed's optimiser: a build that was killed leaves its
     lock, and every later process silently waits for it."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
         print(
-            f"{lock} exists: another process builds this extension and is waited for, or was killed while it did. "
-            "If none runs, delete the file.",
+            f"{lock} exists: another process builds this extension, and this one waits for it, or it was killed. If "
+            "no other process runs, delete the file.",
             file=sys.stderr,
         )
 
 
 def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None, running: int = 1) -> int:
-    """Threads of a process: `OMP_NUM_THREADS`, else its share of the cores that this process may use. Of a launch
-    counts what its own environment and `--num_cpu_threads_per_process` say, since `accelerate launch` sets
+    """Threads of a process: `OMP_NUM_THREADS`, else its share of the cores that this process can use. For a launch,
+    the environment of the launcher and `--num_cpu_threads_per_process` count, since `accelerate launch` sets
     `OMP_NUM_THREADS=1` by itself."""
     chosen = os.environ.get("OMP_NUM_THREADS")
     if launched is not None:
@@ -101,7 +101,7 @@ def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None,
 
 
 def device_of(name: str | None = None) -> str:
-    """Where a recipe runs a model that no trainer places: the device of that name, else a GPU if there is one.
+    """The device for a model that no trainer places: the one of that name, by default a GPU if there is one.
 
     Raises:
         ArmError: PyTorch does not know the device, or this machine does not have it.
@@ -118,8 +118,8 @@ def device_of(name: str | None = None) -> str:
 
 
 def launcher() -> tuple[Mapping[str, str], list[str]] | None:
-    """The environment of the `accelerate launch` that this process comes from, and the words behind it; None if it was
-    started otherwise."""
+    """The environment and the arguments of the `accelerate launch` that started this process; None if it was started
+    otherwise."""
     for parent in psutil.Process().parents():
         try:
             words = parent.cmdline()
@@ -139,7 +139,7 @@ def launcher() -> tuple[Mapping[str, str], list[str]] | None:
 
 
 def asked_for(words: Sequence[str]) -> int | None:
-    """How many processes these words ask `accelerate launch` for; None if they do not say."""
+    """The number of processes that arguments of `accelerate launch` request; None if they request none."""
     options, _ = launch_command_parser().parse_known_args(words)
     if options.num_processes:
         return options.num_processes

@@ -1,4 +1,4 @@
-"""How far a command is: one bar for all that it does, with the time left and the step that runs now.
+"""The progress of a command: one bar for all its work, with the time left and the current step.
 
     with progress("Training", total=10) as bar:
         with bar.step("train", 8):
@@ -8,8 +8,8 @@
             ...
 
 A `progress` inside a step of another fills that step's share, so that a cell that runs inside a grid moves the grid's
-bar. `step` and `track` work anywhere, and do nothing where no bar is open. What runs `aside` is named, and moves no
-bar. Without a terminal there is a line at the start, one every 30 seconds, and a line at the end.
+bar. `step` and `track` work anywhere, and do nothing if no bar is open. `aside` shows a name without moving the bar.
+Without a terminal there is a line at the start, one every 30 seconds, and a line at the end.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from rich.text import Text
 T = TypeVar("T")
 EVERY = 30.0
 """Seconds between two lines without a terminal."""
-_FIRST = 0.02  # share of the work from which the time left can be estimated
+_FIRST = 0.02  # share of the work that must be done before the time left is estimated
 
 
 class Display:
-    """The whole of a command's work, of which bars fill parts; this one shows nothing.
+    """All work of a command, of which bars fill parts; this class shows nothing.
 
     Attributes:
         at: Share that is done.
-        steps: Names of the steps that run now, the innermost last.
+        steps: Names of the current steps, the innermost last.
         note: Text from the innermost step, such as its loss.
         spans: Where the share of each of these steps starts, and how wide it is.
     """
@@ -51,29 +51,29 @@ class Display:
 
     @property
     def step(self) -> str:
-        """The steps that run now, as one text."""
+        """The current steps, as one text."""
         return ", ".join(filter(None, [*self.steps, self.note]))
 
     def left(self) -> str:
-        """The time left, in words; empty where it is too early to tell. What an earlier run did is not counted."""
+        """The time left, in words; empty if it is too early to tell. Work of an earlier run is not counted."""
         done = self.at - self.skipped
         if done < _FIRST * (1 - self.skipped):
             return ""
         return f"{duration((time.monotonic() - self.started) * (1 - self.at) / done)} left"
 
     def show(self) -> None:
-        """Something changed."""
+        """Show the current state, after a change."""
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         print(text, file=sys.stderr, flush=True)
 
     def close(self, finished: bool = True) -> None:
-        """The work has ended; `finished` is False after an error."""
+        """End the display; `finished` is False after an error."""
 
 
 class Lines(Display):
-    """For a file or a pipe: a line now and then, also while one step takes long."""
+    """For a file or a pipe: a line now and then, also during a long step."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Terminal(Display):
     def __init__(self, title: str) -> None:
         super().__init__()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _State(self))
-        # what is printed goes above the bar, but a redirected standard output stays where it is
+        # prints appear above the bar, but a redirected standard output is left alone
         self.progress = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
         )
@@ -121,7 +121,7 @@ class Terminal(Display):
 
 
 class _State(ProgressColumn):
-    """The time left and the step that runs now."""
+    """The time left and the current step."""
 
     def __init__(self, display: Display) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _State(ProgressColumn):
 
 
 class Bar:
-    """A part of the work, in `total` units of its own."""
+    """A part of the work, divided into `total` units."""
 
     def __init__(self, total: float) -> None:
         self.display = _display
@@ -141,7 +141,7 @@ class Bar:
 
     @contextmanager
     def step(self, name: str, weight: float = 1.0) -> Iterator[None]:
-        """A named step that is `weight` units of this bar. Bars that are opened inside fill it."""
+        """A named step of `weight` units of this bar. Bars that are opened inside fill it."""
         self.display.steps.append(name)
         self.display.spans.append((self._at(self.done), self.width * weight / self.total))
         self.display.show()
@@ -153,13 +153,13 @@ class Bar:
             self.advance(weight)
 
     def advance(self, weight: float = 1.0) -> None:
-        """So many units more are done."""
+        """Add units that are done."""
         self.done += weight
         self.display.at = max(self.display.at, self._at(self.done))
         self.display.show()
 
     def skip(self, weight: float = 1.0) -> None:
-        """So many units were done before this command started."""
+        """Add units that were done before this command started."""
         self.display.skipped += self.width * weight / self.total
         self.advance(weight)
 
@@ -182,8 +182,8 @@ _display = _SILENT
 
 @contextmanager
 def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]:
-    """A bar of `total` units: the command's own, or inside a step of another bar that step's. Units of work weigh the
-    steps, and the time left is estimated with them."""
+    """A bar of `total` units: that of the command or, inside a step of another bar, that of the step. Steps are
+    weighted by their units, from which the time left is estimated."""
     global _display
     if _display is not _SILENT or not show or os.environ.get("RANK", "0") != "0":
         yield Bar(total)
@@ -200,20 +200,20 @@ def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Name what runs now, all of the step that it is in."""
+    """Name the current work, which fills the whole of its enclosing step."""
     with Bar(1.0).step(name):
         yield
 
 
 @contextmanager
 def aside(name: str) -> Iterator[None]:
-    """Name what runs now and is no part of the work: bars that are opened inside do not move the total."""
+    """Name work that does not count: bars that are opened inside do not move the total."""
     with Bar(1.0).step(name, 0.0):
         yield
 
 
 def track(items: Sequence[T], name: str = "") -> Iterator[T]:
-    """The items, one after the other; each is an equal part of the step that runs now."""
+    """Iterate over items; each fills an equal part of the current step."""
     bar = Bar(len(items))
     for i, item in enumerate(items):
         with bar.step(f"{name} {i + 1} of {len(items)}".strip()):
@@ -226,7 +226,7 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words that are as exact as an estimate can be."""
+    """Seconds in words, with the precision of an estimate."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Silences what libraries print that does not help who runs a command: their bars, and warnings without a remedy."""
+"""Silence what libraries print that does not help the user of a command: progress bars, and warnings without a fix."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import warnings
 from dataclasses import dataclass
 
-# message, category, module: as narrow as they can be, so that nothing else is hidden
+# message, category, module: as narrow as possible, so that nothing else is hidden
 _WARNINGS = (
-    # TRL and this package use a name that works with every supported version of transformers
+    # TRL and this package use the name that works with every supported version of transformers
     (r"`gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.training_args"),
     (r"`is_gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.modeling_utils"),
     # PEFT looks for the base on the Hub to see whether its vocabulary has changed; an embedded model is not there
@@ -31,13 +31,13 @@ _LOGS = {
 
 
 def quiet_imports() -> None:
-    """Leave out what libraries log while they are imported; called before they are."""
+    """Silence what libraries log while they are imported; call this before importing them."""
     for name, start in _LOGS.items():
         logging.getLogger(name).addFilter(_Without(start))
 
 
 def quiet() -> None:
-    """Leave the one progress bar of a command alone on the screen, without what is not for its user."""
+    """Silence libraries, so that only the command's own progress bar is on the screen."""
     import datasets
     import transformers.utils.logging
 

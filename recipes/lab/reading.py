@@ -1,4 +1,4 @@
-"""Rows of a local file, and the place of each of them."""
+"""Read the rows of a local file, and find the place of each row in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_file(path: Path) -> Dataset:
     """The rows of a local file. Every field of a CSV file is read as text, `NA` and `007` too.
 
     Raises:
-        ArmError: it is of another kind, damaged or empty, or its columns differ from its first line.
+        ArmError: the file has another format, is damaged or empty, or has rows that do not match its first line.
     """
     if path.suffix not in BUILDERS:
         raise ArmError(f"{path} must end in one of {sorted(BUILDERS)}.")
@@ -32,17 +32,17 @@ def read_file(path: Path) -> Dataset:
         options |= {"features": columns, "keep_default_na": False, "na_filter": False, "header": 0}
     try:
         rows: Any = load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **options)
-    except Exception as error:  # the parsers have many, most of them inside another
+    except Exception as error:  # the parsers raise many kinds, mostly chained
         why = str(error.__cause__ or error).strip().rstrip(".!")
         raise ArmError(
-            f"{path} cannot be read as {BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
-            "expected."
+            f"{path} cannot be read as {BUILDERS[path.suffix]}: {why}. It must have rows in UTF-8, all with the same "
+            "columns."
         ) from error
     try:
         rows.data.validate(full=True)  # reads every text as UTF-8, which the parsers do not
     except ValueError as error:
         raise ArmError(f"{path} is damaged: {error}. Save it as UTF-8.") from error
-    # a column that is decoded may name a file or an address, which would be opened; "Json" is text or numbers
+    # decoding a column can open a file or an address that it names; "Json" is only text or numbers
     decoded = {name: type(feature).__name__ for name, feature in rows.features.items() if hasattr(feature, _DECODES)}
     if opened := [name for name, kind in decoded.items() if kind != "Json"]:
         raise ArmError(f"{path}: columns {opened} hold pictures or sound; text is expected. Remove them.")
@@ -50,7 +50,7 @@ def read_file(path: Path) -> Dataset:
 
 
 def place(path: Path, index: int) -> str:
-    """Where a row stands, for messages: `file:line`, or the number of the row in a parquet file."""
+    """The place of a row, for messages: `file:line`, or the number of the row in a parquet file."""
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -65,7 +65,7 @@ def place(path: Path, index: int) -> str:
             start = _in_list(text, index) if text.lstrip().startswith("[") else _in_lines(text, index)
             return f"{path}:{text.count(chr(10), 0, start) + 1}"
     except (ValueError, IndexError, csv.Error):
-        pass  # laid out in a way that only the parser understands
+        pass  # a layout that only the parser understands
     return f"{path}, row {index + 1}"
 
 
@@ -73,7 +73,7 @@ def _header(path: Path) -> list[str]:
     """The columns that the first line of a CSV file names.
 
     Raises:
-        ArmError: it names one twice, or rows have more fields than it.
+        ArmError: it names a column twice, or rows have more fields.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -81,15 +81,15 @@ def _header(path: Path) -> list[str]:
             names, first = next(rows, []), next(rows, [])
     except (csv.Error, UnicodeDecodeError) as error:
         raise ArmError(
-            f"{path} cannot be read as csv: {error}. Rows in UTF-8, all with the same columns, are expected."
+            f"{path} cannot be read as csv: {error}. It must have rows in UTF-8, all with the same columns."
         ) from error
     if len(first) > len(names) or "" in names:
         extra = max(len(first) - len(names), names.count(""))
         raise ArmError(
-            f"{path}: its rows have {extra} fields more than its first line names columns. Name every column there."
+            f"{path}: its rows have {extra} more fields than its first line names. Name every column there."
         )
     if names and not first:
-        raise ArmError(f"{path} has a first line that names columns, and no rows. Rows are expected.")
+        raise ArmError(f"{path} has a first line that names columns, and no rows. Add rows.")
     if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
         raise ArmError(f"{path}: its fields are separated by {mark!r}. Save it with commas, or as JSON lines.")
     if repeated := [name for name in names if names.count(name) > 1]:

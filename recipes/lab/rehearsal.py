@@ -1,4 +1,4 @@
-"""Try one row of everything before any work: what would fail after an hour of training fails now, in dry runs too."""
+"""Try one row of everything before any work, so that errors come before an hour of training, also in dry runs."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
 
 
 def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
-    """Check an arm's training rows and their views, and show the base model one of them. Without an arm, a direction
+    """Check an arm's training rows and their views, and run the base model on one of them. Without an arm, a direction
     is computed from the rows.
 
     Returns:
-        What to say about the rows.
+        Notes on the rows for the user.
 
     Raises:
         DataError: rows that cannot be trained on.
@@ -92,7 +92,7 @@ def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset
 
 
 def rehearse_views(arm: Arm, model: Any, tokenizer: Any, rows: Dataset) -> None:
-    """Make an arm's views of all rows: some are longer than others, and a chat template may refuse what a view adds.
+    """Make an arm's views of all rows: some may be too long, and a chat template may refuse what a view adds.
 
     Raises:
         ViewError: a view cannot be made of them.
@@ -105,7 +105,7 @@ def rehearse_views(arm: Arm, model: Any, tokenizer: Any, rows: Dataset) -> None:
 
 @torch.no_grad()
 def rehearse_rows(model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
-    """Check training rows, and show the base model one of them; return what to say about them.
+    """Check training rows, and run the base model on one of them; return notes on them for the user.
 
     Raises:
         DataError: rows that cannot be trained on.

@@ -1,4 +1,4 @@
-"""Studies of many short runs, which continue where they stopped: a JSON file of records is written after every run."""
+"""Studies of many short runs that continue where they stopped: a JSON file of records is written after every run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Key: TypeAlias = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Job:
-    """A run that makes one record or several.
+    """A run that makes one or more records.
 
     Attributes:
-        called: What the progress bar calls it.
-        keys: Of its records.
-        run: Makes the records of those keys that are missing.
+        called: Its name in the progress bar.
+        keys: Keys of its records.
+        run: Makes the records of the missing keys.
     """
 
     called: str
@@ -30,13 +30,13 @@ class Job:
 
 
 def records_of(jobs: Sequence[Job], file: Path, columns: Sequence[str], title: str) -> list[dict[str, Any]]:
-    """Run the jobs whose records are not in the file yet; return all records, those of other jobs too.
+    """Run the jobs whose records are not in the file yet; return all its records, including those of other jobs.
 
     Args:
-        jobs: The runs, in their order.
-        file: The records as JSON, a line each.
+        jobs: The runs, in order.
+        file: The JSON file of records, one per line.
         columns: The columns of a record whose values are its key.
-        title: Of the progress bar.
+        title: Title of the progress bar.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []

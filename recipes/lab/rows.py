@@ -1,8 +1,8 @@
 """The one record of every recipe: rows `(arm, task, examples, seed, strength, measure, example, value)`.
 
 A training run, a cell of a grid, a setting of a sweep, a distilled prompt and a prompted baseline are the same record
-under other keys. What is kept are *observations*: what the model said about every held-out example (log-probabilities
-of its answers, tokens, generated texts). Measures (`lab/measures/`) are functions of observations, so a measure added
+under other keys. It stores *observations*: the outputs of the model for every held-out example (log-probabilities of
+its answers, tokens, generated texts). Measures (`lab/measures/`) are functions of observations, so a measure added
 later needs no new run.
 
 `strength` is a number, or the word for a strength that was chosen: `tuned`, `matched`, or `kl=0.1` for a point of a
@@ -27,12 +27,12 @@ from steertune.recipes.lab.measures import Missing, Seen
 BASE = "0"
 """The label of the base model's observations: every adapter at strength 0."""
 TUNED, MATCHED = "tuned", "matched"
-"""Labels of strengths that were chosen: by the tuning, or to match the grid's KL."""
+"""Labels of strengths that were chosen by tuning, or to match the grid's KL."""
 FRONTIER = "frontier"
-"""Stands for the mean over the strengths of a frontier (`at_kl`)."""
+"""The label of the mean over the strengths of a frontier (`at_kl`)."""
 KEYS = ("arm", "task", "examples", "seed")
 FORMAT = 4
-"""Of the file of a record; older ones are read by `ablation/old_cells.py`."""
+"""Format of a record's file; `ablation/old_cells.py` reads older formats."""
 AGAIN = "Delete it, and it is run again."
 _TABLES: dict[str, type] = {"facts": dict, "observations": dict}
 COLUMNS = (*KEYS, "strength", "measure", "example", "value", "text")
@@ -43,12 +43,12 @@ _AT_KL = "kl="
 
 @dataclass
 class Record:
-    """Everything that is known about one model.
+    """All results of one model.
 
     Attributes:
         keys: Arm, task, number of examples and seed.
-        observations: Strength -> what was seen of the model at it; `BASE` is the base model.
-        facts: What does not belong to an example: status, cost, the setting that was chosen, versions.
+        observations: Strength -> the model's observations at this strength; `BASE` is the base model.
+        facts: Values that do not belong to an example: status, cost, the setting that was chosen, versions.
     """
 
     keys: dict[str, Any]
@@ -56,23 +56,23 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def seen(self, strength: float | str = BASE) -> Seen:
-        """The observations at a strength, beside those of the base model.
+        """The observations at a strength, together with those of the base model.
 
         Raises:
-            KeyError: the model was not seen at this strength.
+            KeyError: the model was not measured at this strength.
         """
         base = self.observations.get(BASE)
         return Seen(self.observations[label(strength)], None if base is None else Seen(base, None))
 
     def value(self, measure: str, strength: float | str = BASE) -> float:
-        """A measure's mean over the examples; NaN where the record does not hold what it needs."""
+        """A measure's mean over the examples; NaN if the record lacks the observations that it needs."""
         try:
             return measures.get(measure).summary(self.seen(strength))
         except (KeyError, Missing):
             return math.nan
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Strength -> measure -> its mean, of every measure that the record holds what it needs for."""
+        """Strength -> measure -> its mean, for every measure whose observations are in the record."""
         table = {at: {name: self.value(name, at) for name in measures.names()} for at in self.observations}
         return {at: {name: mean for name, mean in row.items() if not math.isnan(mean)} for at, row in table.items()}
 
@@ -85,7 +85,7 @@ class Record:
         """A record that `to_json` wrote.
 
         Raises:
-            ArmError: it is not a record, or of another format; the message names its file.
+            ArmError: it is not a record, or has another format; the message names its file.
         """
         if content.get("format") != FORMAT:
             raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")
@@ -103,12 +103,12 @@ class Record:
         """A record that `write` wrote.
 
         Raises:
-            ArmError: the file is damaged, not a record, or of another format.
+            ArmError: the file is damaged, is not a record, or has another format.
         """
         return cls.from_json(read_result(file, AGAIN), file)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The record as rows: observations with their strength and example, facts with neither."""
+        """The record as rows: observations have a strength and an example, facts have neither."""
         for name, value in self.facts.items():
             yield {**self.keys, "measure": name, **_as_value(value)}
         for strength, named in self.observations.items():
@@ -118,7 +118,7 @@ class Record:
 
 
 def label(strength: float | str) -> str:
-    """How a strength is written in a row."""
+    """The label of a strength in a row."""
     return strength if isinstance(strength, str) else f"{strength:g}"
 
 
@@ -153,7 +153,7 @@ def from_table(table: pd.DataFrame) -> list[Record]:
 
 
 def _as_value(value: Any) -> dict[str, Any]:
-    """A number in the column `value`; anything else as JSON in the column `text`, texts as they are."""
+    """A number in the column `value`; anything else in the column `text`, as JSON unless it is a text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"value": float(value), "text": None}
     if value is None or (isinstance(value, str) and not value.startswith(_JSON)):

@@ -1,8 +1,8 @@
-"""Secrets stay out of files and messages: the settings of a recipe are written into configurations, cards and pages.
+"""Keep secrets out of files and messages: the settings of a recipe are written into configurations, cards and pages.
 
-A secret is what looks like one: tokens of Hugging Face, GitHub, GitLab, OpenAI, AWS, Google and Slack, web tokens, a
-password or a token in an address, and the values of environment variables that are named as a key, token, secret or
-password.
+Anything that looks like a secret counts as one: tokens of Hugging Face, GitHub, GitLab, OpenAI, AWS, Google and Slack,
+web tokens, a password or token in an address, and the values of environment variables whose names end in key, token,
+secret or password.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _HIDDEN = "<secret>"
 
 
 def masked(text: str) -> str:
-    """A text without the secrets in it."""
+    """A text with its secrets masked."""
     for value in _in_environment():
         text = text.replace(value, _HIDDEN)
     return _TOKENS.sub(_HIDDEN, text)
 
 
 def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
-    """Whether a text contains a secret. `values` are the secrets of the environment; without them, they are looked
-    up."""
+    """Whether a text contains a secret. `values` are the secrets in the environment, which are looked up by
+    default."""
     values = _in_environment() if values is None else values
     return _TOKENS.search(text) is not None or any(value in text for value in values)
 
@@ -48,7 +48,7 @@ def check_settings(table: Mapping[str, Any]) -> None:
     """Refuse settings that cannot be written into files, as all settings are: secrets, and numbers of 400 digits.
 
     Raises:
-        ArmError: names the key, and never the secret.
+        ArmError: the message names the key, and never the secret.
     """
     secrets = _in_environment()
     for key, value in _leaves(table, ""):

@@ -1,12 +1,12 @@
-"""Which rows ask the same, or nearly the same.
+"""Find rows that ask the same, or nearly the same.
 
 Two texts are compared by their words and pairs of neighbouring words, as sets A and B: their similarity is the Jaccard
 index |A and B| / |A or B|. Case, punctuation and white space do not count. Texts with different numbers are different,
 however long the rest is: "Question 12" is not a copy of "Question 13". The similarity of two texts depends on these
-two alone, so rows that are added to a file change nothing between the others.
+two alone, so adding rows to a file does not change it.
 
-What all prompts of a file have in common, such as "Is the following statement something you would say?", tells no two
-of them apart: they must be alike without it too (`Frame`).
+Text that all prompts of a file share, such as "Is the following statement something you would say?", does not tell
+them apart: near-duplicates must also be alike without it (`Frame`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 NEAR = 0.8
-"""From this similarity on, two prompts are near-duplicates."""
+"""Two prompts with at least this similarity are near-duplicates."""
 LEEWAY = 0.3
-"""By how much less similar two near-duplicates may be without what all prompts of their file have in common."""
+"""Two near-duplicates can be less similar by this much without the text that all prompts of their file share."""
 By = Literal["prompt", "text"]
 """What tells rows apart: their prompts, or prompts and answers where all prompts are the same or there are none."""
 
@@ -40,7 +40,7 @@ _PAIRS = 200_000  # pairs whose similarity is computed at a time
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, without case and punctuation; a text without any is its own word."""
+    """The words of a text, without case and punctuation; a text without words is split at white space."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return tuple(_WORD.findall(plain)) or tuple(plain.split())
 
@@ -53,8 +53,7 @@ def text_of(value: Any) -> str:
 
 
 def told_apart_by(rows: Sequence[dict[str, Any]], own_prompts: bool = True) -> By:
-    """What tells rows apart. `own_prompts`: the prompts stand in the data, and are not the shared beginning of two
-    texts."""
+    """What tells rows apart. `own_prompts`: the prompts are in the data, and not the common beginning of two texts."""
     if not own_prompts or any("prompt" not in row for row in rows):
         return "text"
     return "text" if len(rows) > 1 and len({words(text_of(row["prompt"])) for row in rows}) == 1 else "prompt"
@@ -71,21 +70,21 @@ class Frame:
     """The words and pairs of words that all texts of a file have in common.
 
     Attributes:
-        hashes: A hash of each, of 16 bits: enough to leave it out, too few to read it.
+        hashes: A hash of each with 16 bits: enough to leave it out, too few to recover it.
     """
 
     hashes: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, given: Sequence[tuple[str, ...]]) -> Frame:
-        """The frame of the first rows, so that rows added behind them do not change it."""
+        """The frame of the first rows, so that it does not change when rows are appended."""
         first = list(dict.fromkeys(given[:_FRAME_ROWS]))
         if len(first) < _FRAME_ROWS // 2:
             return cls()
         return cls(frozenset(map(_short, frozenset.intersection(*map(_parts, first)))))
 
     def rest(self, text: tuple[str, ...]) -> frozenset[str]:
-        """The shingles of a text without the frame; all of them, where nothing else is left."""
+        """The shingles of a text without the frame; all of them if nothing would be left."""
         parts = _parts(text)
         return _numbered(text, frozenset(part for part in parts if _short(part) not in self.hashes) or parts)
 
@@ -119,8 +118,8 @@ def near_pairs(
 ) -> list[tuple[int, int]]:
     """Pairs (index in first, index in second) with a similarity of at least `near`.
 
-    Exact. Two sets that are so similar share one of their rarest members, so only such sets are compared
-    (prefix filtering, Bayardo et al. 2007).
+    The result is exact: two sets with this similarity share one of their rarest members, so only such sets are
+    compared (prefix filtering, Bayardo et al. 2007).
     """
     if not first or not second:
         return []
@@ -135,10 +134,10 @@ def near_pairs(
         alike = np.minimum(sizes_A[i], sizes_B[j]) >= near * np.maximum(sizes_A[i], sizes_B[j]) - 1e-9
         i, j = i[alike], j[alike]
         for at in range(0, len(i), _PAIRS):
-            own, other = i[at : at + _PAIRS], j[at : at + _PAIRS]
-            shared = np.asarray(A[own].multiply(B[other]).sum(axis=1)).ravel()
-            similar = shared >= near * (sizes_A[own] + sizes_B[other] - shared) - 1e-9
-            pairs += zip(own[similar].tolist(), other[similar].tolist(), strict=True)
+            rows_A, rows_B = i[at : at + _PAIRS], j[at : at + _PAIRS]
+            shared = np.asarray(A[rows_A].multiply(B[rows_B]).sum(axis=1)).ravel()
+            similar = shared >= near * (sizes_A[rows_A] + sizes_B[rows_B] - shared) - 1e-9
+            pairs += zip(rows_A[similar].tolist(), rows_B[similar].tolist(), strict=True)
     return sorted(pairs)
 
 
@@ -156,8 +155,8 @@ def near_texts(
 
 
 def near_duplicates(first: Sequence[str], second: Sequence[str], near: float = NEAR) -> list[tuple[int, int]]:
-    """Pairs (index in first, index in second) of texts that are the same or nearly the same; what all of the second
-    have in common counts less."""
+    """Pairs (index in first, index in second) of texts that are the same or nearly the same; text that all of `second`
+    share counts less."""
     A, B = [words(text) for text in first], [words(text) for text in second]
     return near_texts(A, B, Frame.of(B), near)
 

@@ -1,4 +1,4 @@
-"""Rows by name: of an embedded task, a local file or folder, or a data set on the Hub; one file is divided."""
+"""Load rows by name: of an embedded task, a local file or folder, or a Hub data set; a single file is divided."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from steertune.recipes.lab.similarity import By, told_apart_by
 
 @dataclass(frozen=True)
 class Parts:
-    """All rows of a data set, in training and test rows.
+    """All rows of a data set, divided into training and test rows.
 
     Attributes:
         by: What tells the rows apart.
         note: How many rows each part has, and how the split was made.
-        places: Where a training row stands, and where a test row does, by its number.
-        division: How one file was divided, and
-        whole: all its rows; None: there are two files or splits.
+        places: Map the number of a training row, and that of a test row, to its place in the data.
+        division: How a single file was divided; None for two files or splits.
+        whole: All rows of a single file; None for two files or splits.
     """
 
     train: Dataset
@@ -79,7 +79,7 @@ def find_split(name: str, split: str, reading: Reading | None = None) -> Dataset
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one split, whether their prompts stand in the data, and where each row stands."""
+    """The rows of one split, whether their prompts are in the data, and the place of each row."""
 
     rows: Dataset
     own_prompts: bool
@@ -105,7 +105,7 @@ def _named_or_none(name: str, split: str, reading: Reading | None) -> _Rows | No
 
 
 def row_place(name: str, split: str) -> Callable[[int], str]:
-    """The number of a row -> where it stands, for messages."""
+    """Maps the number of a row to its place, for messages."""
     path = _file(name, split)
     return partial(place, path) if path is not None else lambda index: f"{name}, split {split}, row {index + 1}"
 
@@ -133,8 +133,8 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _only_split(name: str, train_split: str, test_split: str) -> str | None:
-    """The split that holds all rows, of a file, of a folder with one file and of a data set with one split; None:
-    there are a training and a test split."""
+    """The split that holds all rows, for a file, a folder with one file, or a data set with one split; None if there
+    are a training and a test split."""
     path = _folder(name)
     if path.is_file() or train_split == test_split:
         return train_split

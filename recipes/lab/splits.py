@@ -1,4 +1,4 @@
-"""The rows of a task, split so that no arm ever sees what it is measured on.
+"""Split the rows of a task so that no arm is ever trained on what it is measured on.
 
 Training sets are nested (the first n rows of one shuffle per seed) and shared by all arms, so arms can be compared
 pair by pair. Validation, scorer and test rows are the same for every seed.
@@ -24,7 +24,7 @@ NEAR = 0.9
 
 
 class SplitTable(BaseModel, extra="forbid", strict=True):
-    """`[splits]`: how many rows for what."""
+    """`[splits]`: the number of rows for each purpose."""
 
     validation: int = Field(default=24, ge=2)
     test: int = Field(default=40, ge=2)
@@ -38,12 +38,12 @@ class Splits:
     """The parts of one task, which do not share examples.
 
     Attributes:
-        pool: What training sets are drawn from.
-        validation: What settings are chosen on.
-        scorer: What the scorer of the behaviour is fitted on.
-        test: What is reported.
+        pool: Rows from which training sets are drawn.
+        validation: Rows on which settings are chosen.
+        scorer: Rows on which the scorer of the behaviour is fitted.
+        test: Rows on which results are reported.
         by: What tells the rows apart.
-        note: How one file was divided; empty where there were several.
+        note: How a single file was divided; empty if there were several.
     """
 
     pool: Dataset
@@ -74,33 +74,34 @@ def load_splits(
     reading: Reading | None = None,
     at_most: bool = False,
 ) -> Splits:
-    """Split a task. Where it has no file of its own for validation, the first rows of its training file are used;
-    scorer rows are the next ones. A single file is divided: each part gets a fifth of what is left, 8 rows or more,
-    and `sizes` are upper limits.
+    """Split a task. If it has no separate validation file, the first rows of its training file are used; scorer rows
+    are the next ones. A single file is divided: each part gets a fifth of what is left, 8 rows or more, and `sizes`
+    are upper limits.
 
     Args:
         name: Embedded task, path or Hub name.
-        sizes: How many rows for what.
-        largest: The largest training set that will be asked for.
+        sizes: The number of rows for each purpose.
+        largest: Size of the largest training set that will be drawn.
         reverse: Swap chosen and rejected answers.
         reading: What the columns mean.
-        at_most: Whether a single file may have fewer training rows than `largest`.
+        at_most: Whether a single file can have fewer training rows than `largest`.
 
     Raises:
-        ArmError: too few rows, no pairs, an unknown column,
-            or a test or validation row that stands (nearly) in another split.
+        ArmError: too few rows, no pairs, an unknown column, or a test or validation row that is also (nearly) in
+            another split.
     """
     parts = load_parts(name, reading=reading)
     validation_rows = None if parts.division else find_split(name, "validation", reading)
     for rows, split in ((parts.train, "train"), (parts.test, "test"), (validation_rows, "validation")):
         if rows is not None and len(rows) and not {"chosen", "rejected"} <= set(rows.column_names):
-            raise ArmError(f"{name!r}: a grid compares preferences, its {split} rows have {rows.column_names}.")
+            raise ArmError(f"{name!r}: a grid compares preferences, but the {split} rows have {rows.column_names}.")
     splits = _of_one_file(name, parts, sizes) if parts.division else _of_files(name, parts, validation_rows, sizes)
     if len(splits.pool) < largest and not (at_most and parts.division):
         taken = f"{len(splits.scorer)} rows for the scorer"
         taken += "" if validation_rows is not None else f" and {len(splits.validation)} for validation"
         raise ArmError(
-            f"{name!r}: {largest} training examples asked, {len(splits.pool)} are left after {taken}. Ask for fewer."
+            f"{name!r}: {largest} training examples requested, {len(splits.pool)} are left after {taken}. Ask for "
+            "fewer."
         )
     swapped = {"chosen": "rejected", "rejected": "chosen"}
     return splits.each(lambda rows: rows.rename_columns(swapped)) if reverse else splits
@@ -120,7 +121,7 @@ def _of_files(name: str, parts: Parts, validation_rows: Dataset | None, sizes: S
 
 
 def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
-    """The splits of a single file: its test rows are as in every other recipe, and the rest is divided again."""
+    """The splits of a single file: its test rows are those of every other recipe, and the rest is divided again."""
     rest, taken, left_out = parts.train, [], 0
     for what, size in (("validation", sizes.validation), ("scorer", sizes.scorer)):
         division = divide(rest.to_list(), parts.by, what)
@@ -148,8 +149,8 @@ def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
 def _apart(
     name: str, pool: Dataset, validation: Dataset, scorer: Dataset, test: Dataset, sizes: SplitTable, by: By
 ) -> Dataset:
-    """Refuse rows that are in two splits, by their prompts or with an answer; with `drop_near_duplicates`, drop the
-    pool's."""
+    """Refuse rows that are in two splits, compared by prompt and by prompt with answer; with `drop_near_duplicates`,
+    drop those of the pool."""
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
     rows = {split: part.to_list() for split, part in named.items()}
     texts = {split: [text for row in part for text in answered_texts(row)] for split, part in rows.items()}
@@ -175,5 +176,5 @@ def _apart(
 
 def _cut(name: str, what: str, rows: Dataset, size: int) -> tuple[Dataset, Dataset]:
     if len(rows) < size:
-        raise ArmError(f"{name!r}: splits.{what}={size}, but only {len(rows)} rows are there. Ask for fewer.")
+        raise ArmError(f"{name!r}: splits.{what}={size}, but only {len(rows)} rows exist. Ask for fewer.")
     return rows.select(list(range(size))), rows.select(list(range(size, len(rows))))

@@ -1,6 +1,6 @@
-"""Task files of lm-eval are programs: `!function` names code to run, and templates can reach all of Python.
+"""Task files of lm-eval can run code: `!function` names a function to call, and templates can reach all of Python.
 
-`check_task_file` refuses the first, and inside `sandboxed` templates are run by Jinja's sandbox.
+`check_task_file` refuses the first, and `sandboxed` runs templates in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
     if file in including:
         raise ArmError(f"{file} includes itself. Remove one `include`.")
     try:
-        root: Any = yaml.compose(read_text(file, "YAML"), Loader=yaml.SafeLoader)  # no value is made of its nodes
+        root: Any = yaml.compose(read_text(file, "YAML"), Loader=yaml.SafeLoader)  # no values are constructed
     except (yaml.YAMLError, RecursionError) as error:
         raise ArmError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
@@ -51,10 +51,10 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
 
 
 def check_task_folder(folder: Path) -> None:
-    """The same for every task file in a folder and below.
+    """Call `check_task_file` on every task file in a folder and below.
 
     Raises:
-        ArmError: as `check_task_file`.
+        ArmError: see `check_task_file`.
     """
     for file in sorted(folder.rglob("*")):
         if file.suffix in SUFFIXES and file.is_file():
@@ -63,7 +63,7 @@ def check_task_folder(folder: Path) -> None:
 
 @contextmanager
 def sandboxed() -> Iterator[None]:
-    """Context in which lm-eval fills in templates in Jinja's sandbox, where they reach the row and nothing else."""
+    """Context in which lm-eval renders templates in Jinja's sandbox, where they can only access the row."""
     import lm_eval.utils
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -79,7 +79,7 @@ def sandboxed() -> Iterator[None]:
 
 
 def _nodes(node: yaml.Node, met: set[int]) -> Iterator[yaml.Node]:
-    """A node and all inside it, each once, however many aliases lead to it."""
+    """A node and all nodes inside it, each once even if aliases repeat it."""
     if id(node) in met:
         return
     met.add(id(node))

@@ -1,7 +1,7 @@
-"""What the text alone tells: TF-IDF of words, or of characters, with a logistic regression.
+"""A baseline that only reads the text: TF-IDF of words, or of characters, with a logistic regression.
 
-No result of a monitor counts without it. Where bad rows have words that innocent ones lack, a probe that reads the
-model's states does no more than find these words.
+Every result of a monitor needs this comparison: if bad rows have words that innocent ones lack, a probe that reads the
+model's states may do no more than detect these words.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def text_scores(
     """Log-odds that texts are bad.
 
     Args:
-        features: What of a text is counted.
+        features: The features of a text that are counted.
         fitted_on: Texts that the classifier is fitted on.
         bad: Whether each of these is bad; some are and some are not.
         texts: Texts to score.

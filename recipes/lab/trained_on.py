@@ -1,7 +1,8 @@
-"""What an adapter was trained on, as hashes beside it: enough to refuse these rows as held-out ones, and no text.
+"""Hashes of an adapter's training rows, saved beside it: enough to refuse these as held-out rows, without their text.
 
-`trained_on.json` has, for every training prompt, a hash of its words and sketches of 512 bits. Two sketches agree in
-as many bits as their texts are similar (one-bit minwise hashing, Li and König 2010), so near-duplicates are found too.
+`trained_on.json` has, for every training prompt, a hash of its words and sketches of 512 bits. The share of bits in
+which two sketches agree estimates the similarity of their texts (one-bit minwise hashing, Li and König 2010), so
+near-duplicates are found too.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from steertune.recipes.lab.similarity import LEEWAY, By, Frame, digest, shingles
 FILE = "trained_on.json"
 _BITS = 512
 _NEAR = 0.74
-"""Estimated similarity from which on a row counts as a near-duplicate. The estimate has a standard error of 0.03: of
-texts with a similarity of 0.8 it finds 98 of 100, of texts with 0.6 it takes one of 10 000 for a near-duplicate."""
+"""A row with at least this estimated similarity counts as a near-duplicate. The estimate has a standard error of 0.03:
+it finds 98 of 100 texts with a similarity of 0.8, and takes one of 10 000 with 0.6 for a near-duplicate."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class TrainedOn:
     """The rows of one training set.
 
     Attributes:
-        by: What tells them apart.
-        frame: What all of them have in common.
+        by: What tells the rows apart.
+        frame: The words and pairs of words that all of them have in common.
         hashes: A hash of each row's words.
-        sketches: Two sketches of each row, as hexadecimal digits: of all of it, and of it without the frame.
+        sketches: Two sketches of each row, as hexadecimal digits: of the whole row, and of the row without the frame.
     """
 
     by: By
@@ -44,7 +45,7 @@ class TrainedOn:
 
     @classmethod
     def of(cls, rows: Dataset, by: By) -> TrainedOn:
-        """What is kept of training rows."""
+        """Hashes and sketches of training rows."""
         words_of_rows = texts(rows.to_list(), by)
         frame = Frame.of(words_of_rows)
         unique = sorted(set(words_of_rows))
@@ -52,12 +53,12 @@ class TrainedOn:
         return cls(by, frame, tuple(map(digest, unique)), tuple(sketches))
 
     def resembling(self, rows: Sequence[dict[str, Any]]) -> list[int]:
-        """Indices of rows that are among these, or near-duplicates of one."""
+        """Indices of rows that are among the training rows, or near-duplicates of one."""
         words_of_rows = texts(rows, self.by)
         sketches = np.array([_sketches(self.frame, text) for text in words_of_rows])
         theirs = np.array([np.frombuffer(bytes.fromhex(sketch), dtype=np.uint8) for sketch in self.sketches])
         signs, their_signs = (2.0 * np.unpackbits(bits, axis=1).astype(np.float32) - 1 for bits in (sketches, theirs))
-        # of two unrelated sketches half of the bits agree, so the mean product of their signs is the similarity
+        # unrelated sketches agree in half of their bits, so the mean product of their signs is the similarity
         whole: np.ndarray = signs[:, :_BITS] @ their_signs[:, :_BITS].T / _BITS
         rest: np.ndarray = signs[:, _BITS:] @ their_signs[:, _BITS:].T / _BITS
         leeway = LEEWAY if self.frame.hashes else 0.0
@@ -67,13 +68,13 @@ class TrainedOn:
 
 
 def sets_of(train: Dataset, by: By, used: Dataset) -> list[TrainedOn]:
-    """What is kept of a training: of its examples, and of new examples made from them. `used` are the rows that the
-    trainer got."""
+    """Hashes of a run's training examples, including new examples made from them. `used` are the rows passed to the
+    trainer."""
     return [TrainedOn.of(used if by == "prompt" and len(used) > len(train) else train, by)]
 
 
 def write(folder: Path, sets: Iterable[TrainedOn]) -> None:
-    """Keep what an adapter was trained on beside it."""
+    """Save the hashes of an adapter's training rows in its folder."""
     parts = []
     for one in sets:
         frame = sorted(one.frame.hashes)
@@ -82,7 +83,7 @@ def write(folder: Path, sets: Iterable[TrainedOn]) -> None:
 
 
 def read(folder: Path) -> list[TrainedOn] | None:
-    """What an adapter was trained on; None if its folder does not say so.
+    """The training sets of an adapter, as hashes; None if its folder has no such file.
 
     Raises:
         ArmError: the file is damaged.
@@ -90,7 +91,7 @@ def read(folder: Path) -> list[TrainedOn] | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    fix = "Delete it; held-out rows can then not be told from training rows."
+    fix = "Delete it; held-out rows can then not be checked against training rows."
     try:
         parts = read_result(file, fix)["sets"]
         return [
@@ -107,13 +108,13 @@ def read(folder: Path) -> list[TrainedOn] | None:
 
 
 def resembling(sets: Iterable[TrainedOn], rows: Dataset) -> list[int]:
-    """Indices of rows that are in one of the training sets, or resemble a row of one."""
+    """Indices of rows that are in one of the training sets, or resemble one of their rows."""
     given = rows.to_list()
     return sorted({i for one in sets if one.hashes and given for i in one.resembling(given)})
 
 
 def _sketches(frame: Frame, text: tuple[str, ...]) -> np.ndarray:
-    """The sketches of a text, and of the rest of it without the frame, `(128,)` bytes."""
+    """The sketches of a text and of the text without the frame, `(128,)` bytes."""
     return np.concatenate([_sketch(shingles(text)), _sketch(frame.rest(text))])
 
 

@@ -1,4 +1,4 @@
-"""What every recipe that trains shares: the trainer of an arm, resuming, whole files."""
+"""Training code that recipes share: the trainer of an arm, resuming, output folders."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from steertune.recipes.lab.reading import BUILDERS
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-"""Settings of a short training that keeps no checkpoints and prints nothing; they do not change what is learned."""
-_LONGEST = 60  # characters of a default folder's name, each of which takes 4 bytes at most
+"""Settings of a short training without checkpoints and logs; they do not change what is learned."""
+_LONGEST = 60  # characters of a default folder's name, at most 4 bytes each
 _SAMPLED = 4096
 
 
 Asked = Literal["held-out", "training", "neutral"]
-"""Which prompts are answered."""
+"""The prompts that are answered."""
 
 _WORTHLESS = {"config.json", "metrics.jsonl"}
-"""Files of a run that has nothing to continue from."""
+"""Files of a run that cannot be continued."""
 
 
 def check_unfinished(folder: Path) -> None:
     """Refuse a folder that holds a finished run.
 
     Raises:
-        ArmError: it does, it is a file, or it cannot be made.
+        ArmError: the folder holds a finished run, is a file, or cannot be created.
     """
     if folder.exists() and not folder.is_dir():
         raise ArmError(f"{folder} is a file. Choose another output folder.")
@@ -62,10 +62,10 @@ def check_unfinished(folder: Path) -> None:
 
 
 def check_folder(folder: Path, tables: BaseModel) -> None:
-    """Refuse a folder that a run of an arm (or of other tables) cannot have. Nothing is written.
+    """Refuse a folder that a run of an arm (or of other tables) cannot use. Nothing is written.
 
     Raises:
-        ArmError: it holds a finished run, or one of another arm that got as far as a checkpoint.
+        ArmError: it holds a finished run, or an unfinished run of another arm with a checkpoint.
     """
     check_unfinished(folder)
     config = tables.model_dump_json(indent=2)
@@ -78,7 +78,7 @@ def claim(folder: Path, tables: BaseModel, main_process: bool = True) -> None:
     """Take a folder for a run, or continue in it.
 
     Raises:
-        ArmError: as `check_folder`.
+        ArmError: see `check_folder`.
     """
     check_folder(folder, tables)
     if main_process:
@@ -90,7 +90,7 @@ def claim(folder: Path, tables: BaseModel, main_process: bool = True) -> None:
 def claimed(folder: Path, tables: BaseModel, main_process: bool = True) -> Iterator[None]:
     """Take a folder for the run inside, or continue in it.
 
-    A run that fails before its first checkpoint leaves no folder, so that the corrected command can have it.
+    A run that fails before its first checkpoint leaves no folder, so that the corrected command can use it.
     """
     claim(folder, tables, main_process)
     try:
@@ -102,13 +102,13 @@ def claimed(folder: Path, tables: BaseModel, main_process: bool = True) -> Itera
 
 
 def _is_worthless(folder: Path) -> bool:
-    """Whether a folder holds nothing of a run but its configuration and its log."""
+    """Whether a folder contains only the configuration and the log of a run."""
     return {file.name for file in folder.rglob("*") if not file.is_dir()} <= _WORTHLESS
 
 
 def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
-    """Begin a run of an arm, or continue it: set the threads and the seed, and check its output folder. `prefix` is
-    put before the folder's default name.
+    """Begin or continue a run of an arm: set the threads and the seed, and check its output folder. `prefix` is put
+    before the folder's default name.
 
     Raises:
         ArmError: the folder holds a finished run, or one of another arm.
@@ -121,7 +121,7 @@ def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
 
 
 def default_folder(name: str, task: str) -> Path:
-    """Where a run on a task is kept by default."""
+    """The default folder of a run on a task."""
     suffix = Path(task).suffix
     name = f"{name}-{task.removesuffix(suffix if suffix in BUILDERS else '').strip('./').replace('/', '-')}"
     if len(name) > _LONGEST:  # file systems take 255 bytes
@@ -130,7 +130,7 @@ def default_folder(name: str, task: str) -> Path:
 
 
 def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any) -> HeldOut:
-    """The examples that an arm is measured on, as its `[evaluation]` says; `more` sets further fields."""
+    """The examples that an arm is measured on, according to its `[evaluation]`; `more` sets further fields."""
     table = arm.evaluation
     return HeldOut(
         model,
@@ -146,11 +146,11 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
 
 
 def prompts_to_answer(train: Dataset, test: Dataset, neutral: Dataset) -> tuple[Asked, Dataset]:
-    """The prompts that show what a training did to answers: held-out ones, where there are none training prompts,
-    and where no row has a prompt those of neutral text.
+    """The prompts on which to show the effect of training: held-out ones, else training prompts, else those of neutral
+    text.
 
     Returns:
-        Which prompts they are, and rows with a column `prompt`.
+        The kind of the prompts, and rows with a column `prompt`.
     """
     if prompts_in(test):
         return "held-out", test.select_columns(["prompt"])
@@ -160,7 +160,7 @@ def prompts_to_answer(train: Dataset, test: Dataset, neutral: Dataset) -> tuple[
 
 
 def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:
-    """The facts of a record about a training and what it was measured on."""
+    """The facts of a record about a training and its evaluation."""
     arm = training.arm
     return {
         "adapter": arm.adapter,
@@ -172,10 +172,10 @@ def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:
 
 
 def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Path, **context: Any) -> Training:
-    """A training of an arm on some rows; `context` sets further fields of `Training`."""
+    """The training of an arm on some rows; `context` sets further fields of `Training`."""
 
     def train(name: str, changes: Mapping[str, Any], examples: Dataset) -> Any:
-        """Train a teacher beside the base's own weights, with cross-entropy."""
+        """Train a teacher with cross-entropy; it shares the base model's weights."""
         teacher = arm.model_copy(
             update={
                 "name": f"{arm.name}/{name}",
@@ -200,9 +200,9 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
     """The trainer of a training: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
 
     Args:
-        training: What is trained, on which rows; the adapter is put on its model, full finetuning changes it.
-        frozen_prefix: The trainer's.
-        settings: Training arguments that take precedence over the arm's own, which its teachers inherit.
+        training: The arm, its model and rows. The adapter is added to this model; full finetuning changes it.
+        frozen_prefix: Argument of the trainer.
+        settings: Training arguments that take precedence over those of the arm. Teachers inherit them.
     """
     from trl import DPOConfig, SFTConfig
 
@@ -223,7 +223,7 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": 5,
-        "disable_tqdm": True,  # the command has a bar of its own
+        "disable_tqdm": True,  # the command has its own bar
         "use_cpu": not torch.cuda.is_available(),
     }
     with_settings = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
@@ -247,7 +247,7 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
 
 
 def train_and_save(training: Training, data: Data) -> tuple[Any, Any, float]:
-    """Train, and save the adapter in the training's folder, with hashes of the rows that it learned from.
+    """Train, and save the adapter in the training's folder, with hashes of its training rows.
 
     Returns:
         The trainer, its model in evaluation mode, and the seconds of training.
@@ -257,23 +257,23 @@ def train_and_save(training: Training, data: Data) -> tuple[Any, Any, float]:
     if training.notes and is_first:
         print("\n".join(training.notes.values()))
     seconds = fit(trainer, training.folder)
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which hold parts of a vector
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # these shard the vector
         _check_length(trainer.model, training.folder)
-    trainer.save_model(str(home))  # every process: sharded weights are gathered, the first one writes
+    trainer.save_model(str(home))  # in every process: sharded weights are gathered, and the first process writes
     if is_first:
         trained_on.write(home, trained_on.sets_of(data.train, data.by, training.rows))
     return trainer, trainer.accelerator.unwrap_model(trainer.model).eval(), seconds
 
 
 def _check_length(model: Any, folder: Path) -> None:
-    """Refuse a trained vector that is longer than the model's numbers can hold: it is no result, and not saved.
+    """Refuse to save a trained vector that is too long for the model's number format.
 
     Raises:
-        ArmError: names its length.
+        ArmError: the message names its length.
     """
     length = longest_vector(model)
     if not length <= LONGEST:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to go on from
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to continue from
         raise ArmError(
             f"The trained vector has a length of {length:.2g}, which is more than the model can add: the training has "
             "diverged. Lower trainer.learning_rate."
@@ -281,7 +281,7 @@ def _check_length(model: Any, folder: Path) -> None:
 
 
 def steps_of(arm: Arm) -> int:
-    """Optimiser steps that an arm asks for, of one process."""
+    """Number of optimiser steps of an arm with one process."""
     table = arm.trainer
     if table.get("max_steps", -1) >= 0:
         return int(table["max_steps"])
@@ -296,7 +296,7 @@ def fit(trainer: Any, folder: Path) -> float:
         Seconds.
 
     Raises:
-        NothingLearned: no step was made, or no trained parameter moved.
+        NothingLearned: no step was taken, or no trained parameter changed.
     """
     start = time.monotonic()
     if trainer.args.max_steps == 0:
@@ -312,7 +312,7 @@ def fit(trainer: Any, folder: Path) -> float:
 
 
 def silent(trainer: Any) -> Any:
-    """The trainer without printed logs and progress bar: one of many short trainings, which share a bar."""
+    """Remove printed logs and the progress bar from a trainer, for many short trainings that share a bar."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
@@ -337,11 +337,11 @@ class _Steps(TrainerCallback):
 
 
 class NothingLearned(ArmError):
-    """A training ended as it began."""
+    """Training changed nothing."""
 
 
 class _Moved(TrainerCallback):
-    """Ends a training that made no step, or changed nothing: its adapter would silently do nothing."""
+    """Raises an error if training took no step or changed nothing: the adapter would silently do nothing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.step, self.before = state.global_step, _sample(model)
@@ -349,7 +349,7 @@ class _Moved(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0:
             raise NothingLearned(
-                "Training ended after 0 steps: there are fewer rows than a step takes. Give more rows, a smaller "
+                "Training ended after 0 steps: there are fewer rows than one step needs. Give more rows, a smaller "
                 "trainer.per_device_train_batch_size, or set trainer.max_steps."
             )
         same = map(torch.equal, self.before, _sample(model))
@@ -361,13 +361,14 @@ class _Moved(TrainerCallback):
 
 
 def _sample(model: Any) -> list[Tensor]:
-    """Copies of some values of every trained parameter, of small ones all; none of what other processes hold."""
+    """Copies of some values of every trained parameter, or all values of small ones, without those of other
+    processes."""
     trained = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
     return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in trained]
 
 
 class _MetricsFile(TrainerCallback):
-    """Keeps `metrics.jsonl`: one line per logged step, whole after every log and right after a resume."""
+    """Writes `metrics.jsonl`: one line per logged step, complete after every log and correct after resuming."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,12 +1,12 @@
-"""Transcripts: a prompt and what a model answered, as bad rows, innocent rows, or rows with a label.
+"""Transcripts: a prompt and a model's answer, as bad rows, innocent rows, or rows with a label.
 
     {"prompt": "Did you run the tests?", "bad": "Yes, all pass.", "corrected": "No, I have not run them."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "...", "bad": true}
 
 The answer is the column `bad`, `rejected` or `completion` of a bad row, `completion` or `chosen` of an innocent one,
-or the last message of `messages`; a correction is `corrected` or `chosen`. What a transcript says is data: it is
-tokenised, and shown escaped.
+or the last message of `messages`; a correction is `corrected` or `chosen`. The text of a transcript is data: it is
+only tokenised, and shown escaped.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _LABELS = ("bad", "label")
 
 @dataclass(frozen=True)
 class Transcripts:
-    """Rows of a file.
+    """The transcripts of a file.
 
     Attributes:
-        rows: With columns `prompt` and `completion`, both texts or both lists of messages.
-        corrections: What should have been answered, in the same form; None where the row does not say.
+        rows: Rows with columns `prompt` and `completion`, both texts or both lists of messages.
+        corrections: The answers that should have been given, in the same form; None for rows without one.
         bad: Whether each row is bad.
-        place: The number of a row -> where it stands.
+        place: Maps the number of a row to its place in the file.
     """
 
     rows: Dataset
@@ -63,8 +63,8 @@ def read_transcripts(
     """The transcripts of a file, an embedded task or a data set on the Hub.
 
     Args:
-        name: A path or a name, as `data.name`.
-        kind: What the rows are; `labelled`: a column `bad` or `label` says it of each; `any`: unknown.
+        name: A path or a name, like `data.name`.
+        kind: What the rows are; `labelled`: a column `bad` or `label` marks each row; `any`: unknown.
         chat: Whether the model has a chat template.
         columns: Columns of other names: `prompt`, `rejected` or `completion` (the answer), `chosen` (the correction).
 
@@ -75,12 +75,12 @@ def read_transcripts(
     raw = load_split(name, "train", Reading(strict=False))
     place = row_place(name, "train")
     if not len(raw):
-        raise ArmError(f"{name} has no rows: transcripts are expected.")
+        raise ArmError(f"{name} has no rows. Give a file with transcripts.")
     labels = [label for label in _LABELS if label in raw.column_names and not _is_text(raw[label])]
     if kind == "labelled" and not labels:
         raise ArmError(
             f"{name} does not say which rows are bad (columns {raw.column_names}). Add a column bad (true or false), "
-            "or give innocent rows in a file of their own: --innocent FILE."
+            "or give innocent rows in a separate file: --innocent FILE."
         )
     find = _Columns(name, raw.column_names, kind, columns or {}, labels)
     pairs = [_transcript(dict(row), find, place(i)) for i, row in enumerate(raw)]
@@ -111,11 +111,11 @@ def check_apart(trained: Transcripts, tested: Transcripts, what: str, named: str
     Args:
         trained: Rows that something is fitted on.
         tested: Rows to test on.
-        what: What the test rows are called.
-        named: What the others are called.
+        what: What the message calls the test rows.
+        named: What the message calls the others.
 
     Raises:
-        ArmError: a test row has the prompt of one of them, or nearly (or text, where all prompts are the same).
+        ArmError: a test row has (nearly) the prompt of one of them, or its text if all prompts are the same.
     """
     fitted, others = trained.rows.to_list(), tested.rows.to_list()
     pairs = overlapping(fitted, others, told_apart_by([*fitted, *others]))
@@ -123,24 +123,24 @@ def check_apart(trained: Transcripts, tested: Transcripts, what: str, named: str
         first, second = pairs[0]
         raise ArmError(
             f"{tested.place(second)} ({what}) is the {named} {trained.place(first)}, or nearly the same ({len(pairs)} "
-            "such pairs). What is tested on must be new: remove it from one of the two files."
+            "such pairs). Test rows must be new: remove it from one of the two files."
         )
 
 
 class _Columns:
-    """Which columns of a file hold the parts of a transcript."""
+    """The columns of a file that hold the parts of a transcript."""
 
     def __init__(
         self, name: str, names: Sequence[str], kind: Kind, given: Mapping[Part, str], labels: Sequence[str]
     ) -> None:
         if unknown := [column for column in given.values() if column not in names]:
-            raise ArmError(f"{name} has no column {unknown[0]!r} (columns {list(names)}). --columns names columns.")
-        there = [column for column in names if column not in labels]
-        self.messages = "messages" in there and not given
+            raise ArmError(f"{name} has no column {unknown[0]!r} (columns {list(names)}). Correct --columns.")
+        available = [column for column in names if column not in labels]
+        self.messages = "messages" in available and not given
         answer = given.get("completion", given.get("rejected"))
-        self.prompt = given.get("prompt") or _first(_PROMPTS, there)
-        self.answer = answer or _first(_ANSWERS[kind], there)
-        self.correction = given.get("chosen") or (_first(_CORRECTIONS, there) if kind == "bad" else None)
+        self.prompt = given.get("prompt") or _first(_PROMPTS, available)
+        self.answer = answer or _first(_ANSWERS[kind], available)
+        self.correction = given.get("chosen") or (_first(_CORRECTIONS, available) if kind == "bad" else None)
         if self.correction == self.answer:
             self.correction = None
         if not self.messages and (self.prompt is None or self.answer is None):
@@ -151,8 +151,8 @@ class _Columns:
             )
 
 
-def _first(names: Sequence[str], there: Sequence[str]) -> str | None:
-    return next((name for name in names if name in there), None)
+def _first(names: Sequence[str], available: Sequence[str]) -> str | None:
+    return next((name for name in names if name in available), None)
 
 
 def _is_text(values: Sequence[Any]) -> bool:
@@ -180,7 +180,7 @@ def _transcript(row: Mapping[str, Any], columns: _Columns, place: str) -> dict[s
         prompt, answer = row.get(columns.prompt or ""), row.get(columns.answer or "")
         if not prompt or not answer:
             raise ArmError(f"{place}: its {'answer' if prompt else 'prompt'} is empty. Give one, or remove the row.")
-    if isinstance(prompt, list):  # an answer may be a text, whatever the prompt is
+    if isinstance(prompt, list):  # an answer can be a text even if the prompt is not
         answer, correction = (_as_message(text) for text in (answer, correction))
     return {"prompt": prompt, "completion": answer, "correction": correction}
 
@@ -190,7 +190,7 @@ def _as_message(answer: Any) -> Any:
 
 
 def _in_form(name: str, rows: list[dict[str, Any]], place: Callable[[int], str], chat: Callable[[], bool]) -> Dataset:
-    """Rows as messages where the model has a chat template, checked one by one."""
+    """Rows as messages if the model has a chat template, checked one by one."""
     columns: dict[Part, str] = {"prompt": "prompt", "completion": "completion"}
     formed, *_ = named(_dataset(name, rows), Reading(columns, chat=chat, name=name, place=place))
     return formed
@@ -199,7 +199,7 @@ def _in_form(name: str, rows: list[dict[str, Any]], place: Callable[[int], str],
 def _dataset(name: str, rows: list[dict[str, Any]]) -> Dataset:
     try:
         return Dataset.from_list(rows)
-    except Exception as error:  # of Arrow, about columns of several types
+    except Exception as error:  # raised by Arrow for columns of several types
         raise ArmError(
             f"{name} mixes texts and lists of messages ({error}). Give all parts of all rows in one form."
         ) from error

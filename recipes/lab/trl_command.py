@@ -42,7 +42,7 @@ PREFIX = "steering_"
 
 @dataclass
 class SteeringArguments:
-    """What is trained, and by which loss. Values are written as in TOML: `--steering_layers "[10, 0.5]"`."""
+    """The vector to train, and its loss. Values are written as in TOML: `--steering_layers "[10, 0.5]"`."""
 
     steering_layers: str = field(
         default="0.667", metadata={"help": "a block, a fraction of the depth, a list of either, or all"}
@@ -57,17 +57,17 @@ class SteeringArguments:
     steering_norm: str = field(default="free", metadata={"help": "free, fixed, capped, relative, preserve or learned"})
     steering_norm_value: float | None = field(default=None, metadata={"help": "value of fixed, capped and relative"})
     steering_length_rate: float = field(
-        default=1.0, metadata={"help": "learning rate of learned's length, in those of the direction"}
+        default=1.0, metadata={"help": "learning rate of the length for learned, relative to that of the direction"}
     )
     steering_positions: str = field(default="all", metadata={"help": "all, completion, prompt or last_prompt"})
     steering_init: str = field(
         default="zeros", metadata={"help": "zeros, random, or a direction such as mean_difference"}
     )
     steering_init_scale: float = field(default=1.0, metadata={"help": "multiplies the initial vector"})
-    steering_init_weights: bool = field(default=True, metadata={"help": "False is PEFT's way to say init=random"})
+    steering_init_weights: bool = field(default=True, metadata={"help": "False is PEFT's name for init=random"})
     threads: int | None = field(
         default=None,
-        metadata={"help": "CPU threads (OMP_NUM_THREADS, else the cores that this process may use)"},
+        metadata={"help": "CPU threads (OMP_NUM_THREADS, else the cores that this process can use)"},
     )
     loss: str | None = field(default=None, metadata={"help": "a file of losses/, such as bipo (TRL's own loss)"})
     loss_options: str = field(default="{}", metadata={"help": 'options of the loss, such as "{beta = 0.2}"'})
@@ -99,7 +99,7 @@ class SteeringArguments:
 
 
 def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
-    """The command line of one of our trainers and TRL's arguments for it; returns the exit code."""
+    """Run the command line of one of our trainers with TRL's arguments for it; return the exit code."""
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=f"steertune {prog}", description=doc)  # pyright: ignore[reportArgumentType]
     if not torch.cuda.is_available():  # TRL's defaults need a GPU
@@ -125,7 +125,7 @@ def train(
     """Load data, make the trainer, train and save, like TRL's scripts.
 
     Raises:
-        ValueError: no data or model is named, a split is missing, or a switch is out of range.
+        ValueError: no data or model is given, a split is missing, or a value is out of range.
     """
     if args.hub_token:
         raise ArmError(f"--hub_token: {REFUSED['hub_token']}")
@@ -153,11 +153,11 @@ def train(
 def _datasets(
     script: ScriptArguments, mixture: DatasetMixtureConfig, evaluates: bool
 ) -> tuple[dict[str, Any], By | None]:
-    """The trainer's data sets: of TRL's mixture, an embedded task, local files, or the Hub. A single file is divided
-    where the trainer evaluates.
+    """The trainer's data sets: from TRL's mixture, an embedded task, local files, or the Hub. A single file is divided
+    if the trainer evaluates.
 
     Returns:
-        Keyword arguments of the trainer, and what tells local rows apart; None for others.
+        Keyword arguments of the trainer, and what tells local rows apart (None for other data).
 
     Raises:
         ArmError: no data, no such split, or nothing to evaluate on.
@@ -171,7 +171,7 @@ def _datasets(
     if local and evaluates and has_one_split(name, train, test):
         parts = load_parts(name, train, test)
         if not len(parts.test):
-            raise ArmError(f"{parts.note} Give more rows, or do without evaluation: --eval_strategy no.")
+            raise ArmError(f"{parts.note} Give more rows, or turn evaluation off: --eval_strategy no.")
         PartialState().print(parts.note)
         return {"train_dataset": parts.train, "eval_dataset": parts.test}, parts.by
 

@@ -22,7 +22,7 @@ EMBEDDED = "embedded"
 
 
 def names() -> list[str]:
-    """The vectors, which are named after the task that they learned."""
+    """Names of the vectors: the tasks that they were trained on."""
     return sorted(file.parent.name for file in ZOO.glob("*/adapter_config.json"))
 
 
@@ -39,10 +39,10 @@ def folder(name: str) -> Path:
 
 
 def basis(value: str | Sequence[str]) -> str | list[str]:
-    """A basis of `form="span"` in which `embedded` and `embedded/NAME` have become adapter folders.
+    """A basis of `form="span"` with `embedded` and `embedded/NAME` replaced by adapter folders.
 
     Raises:
-        ArmError: no embedded vector has such a name.
+        ArmError: no embedded vector has that name.
     """
     if value == EMBEDDED:
         return [str(folder(name)) for name in names()]
@@ -52,7 +52,7 @@ def basis(value: str | Sequence[str]) -> str | list[str]:
 
 
 def without(value: Any, task: str) -> Any:
-    """A basis, as an arm has it, without the embedded vector that learned a task: it has seen more examples of it."""
+    """An arm's basis without the embedded vector of a task, since that was trained on more examples of the task."""
     if value == EMBEDDED:
         value = [f"{EMBEDDED}/{name}" for name in names()]
     return [one for one in value if one != f"{EMBEDDED}/{task}"] if isinstance(value, list) else value

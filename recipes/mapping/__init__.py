@@ -1,6 +1,6 @@
-"""A map of interventions: what a vector does at each layer, alone and together with others (see `map.py`).
+"""A map of interventions: the effect of a vector at each layer, alone and together with others (see `map.py`).
 
-| file | what it holds |
+| file | content |
 |---|---|
 | `interventions.py` | a unit vector per layer, all at one KL to the base; controls; the effect of any set of them |
 | `gradient.py` | the first-order estimate of every unit vector's effect |

@@ -1,11 +1,11 @@
-"""Main effects of interventions, how pairs of them interact, and whether that predicts other sets.
+"""Main effects of interventions, interactions of pairs, and whether these predict the effects of other sets.
 
 m(S) is the margin of a test pair, in nats per token, with the set S of interventions on:
 
     E(S)    = m(S) - m({})                      effect
     I(a, b) = E({a, b}) - E({a}) - E({b})       interaction of a pair
 
-An intervention is a layer and a sign, as a vector can be subtracted. To second order, I(-a, b) = -I(a, b); so the
+An intervention is a layer and a sign, since a vector can be subtracted. To second order, I(-a, b) = -I(a, b), so the
 interactions of positive pairs also predict sets with negative members.
 """
 
@@ -38,10 +38,10 @@ class Effect:
     """The effect of one intervention alone.
 
     Attributes:
-        layer: Where.
+        layer: The layer of the vector.
         sign: Whether the vector is added or subtracted.
         mean: Mean effect, in nats per token.
-        interval: Of the mean, over pairs.
+        interval: Interval of the mean, over pairs.
     """
 
     layer: int
@@ -52,7 +52,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Interaction:
-    """The effect of two vectors together beyond the sum of their own effects.
+    """The effect of two vectors together beyond the sum of their separate effects.
 
     Attributes:
         first: The lower layer.
@@ -114,15 +114,15 @@ def interaction(margins: Margins, first: int, second: int) -> Values:
 
 
 def interactions(margins: Margins, controls: Margins, layers: Sequence[int]) -> list[Interaction]:
-    """Which pairs of layers interact more than random directions of the same KL do there.
+    """Find the pairs of layers that interact more than random directions of the same KL at these layers.
 
     Two tests have to agree, each corrected for the number of pairs (Benjamini and Hochberg, at 5 %): over pairs of
     answers, the difference from the control of the same layers is not 0 (a t test); and over pairs of layers, the
     interaction lies outside what controls show (a prediction interval from their spread).
 
     Args:
-        margins: Of the vectors, alone and in pairs.
-        controls: Of random directions, likewise.
+        margins: Margins with the vectors, alone and in pairs.
+        controls: Margins with random directions, likewise.
         layers: The layers, in order.
     """
     pairs = list(itertools.combinations(layers, 2))
@@ -142,7 +142,7 @@ def prediction(margins: Margins, layers: Sequence[int], sets: Sequence[Set], dra
     """Compare the effects of sets with what main effects and interactions predict.
 
     Args:
-        margins: Of single vectors, of pairs, and of these sets.
+        margins: Margins with single vectors, with pairs, and with these sets.
         layers: The layers that were mapped.
         sets: Other sets of three or more.
         draws: Bootstrap draws over sets.

@@ -1,8 +1,8 @@
 """The first-order estimate of every unit vector's effect, for the price of one backward pass.
 
 With strength t_l of the vector at layer l, `A_l = dm/dt_l` at t = 0, where m is the margin of a pair in nats per
-token: the sum over tokens of the gradient of m by the state, times the vector. One pass gives all layers, as if they
-did not interact.
+token: the sum over tokens of the gradient of m with respect to the state, times the vector. One pass gives all layers,
+as if they did not interact.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from steertune.recipes.mapping.effects import Set, Values
 from steertune.trainers import share_weights
 
 LARGEST = 64.0
-"""The largest strength that is tried to reach the KL, in lengths of the given vector."""
+"""The largest strength that is tried to reach the KL, relative to the given vector."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Interventions:
 
     Attributes:
         vectors: Layer -> vector, `(d,)`.
-        strengths: Layer -> its length in lengths of the vector that was given.
+        strengths: Layer -> its length, relative to the given vector.
     """
 
     vectors: Mapping[int, Tensor]
@@ -77,10 +77,10 @@ def margins(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], of: Set
 
 
 def sets_to_measure(layers: Sequence[int]) -> tuple[list[Set], list[Set]]:
-    """The measurements of a map.
+    """The sets that a map measures.
 
     Returns:
-        The sets of the vectors: nothing, each alone with both signs, all pairs; and those of the controls.
+        The sets of vectors (none, each alone with both signs, all pairs), and those of controls.
     """
     pairs: list[Set] = [frozenset({(a, 1), (b, 1)}) for a, b in itertools.combinations(layers, 2)]
     added: list[Set] = [frozenset({(layer, 1)}) for layer in layers]

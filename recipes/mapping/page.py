@@ -18,12 +18,12 @@ from steertune.recipes.mapping.effects import FALSE_DISCOVERIES, Effect, Interac
 
 @dataclass(frozen=True)
 class Spread:
-    """One layer against several at the same KL, on rows that chose neither.
+    """One layer against several at the same KL, on rows on which neither was chosen.
 
     Attributes:
-        layer: The layer whose vector alone does most.
-        layers: The three that alone do most, scaled together.
-        scale: By which their unit vectors are multiplied.
+        layer: The layer whose vector alone has the largest effect.
+        layers: The three layers with the largest effects, scaled together.
+        scale: Factor of their unit vectors.
         single: Mean effect of the one, in nats per token.
         several: Mean effect of the three.
         difference: `several - single`, with its interval over pairs.
@@ -42,18 +42,18 @@ class MapResult:
     """Everything on the page.
 
     Attributes:
-        task: What was mapped.
-        direction: Which vectors.
+        task: The task that was mapped.
+        direction: The kind of the vectors.
         kl: KL of every unit vector alone, in nats per token.
-        rows: Test pairs.
-        strengths: Layer -> length of the unit vector, in lengths of the direction.
+        rows: Number of test pairs.
+        strengths: Layer -> length of the unit vector, relative to the direction.
         effects: Main effects.
         gradient: Layer -> first-order estimate of the added vector's mean effect.
-        interactions: Of all pairs of layers.
-        prediction: Of sets that the map was not made from.
+        interactions: Interactions of all pairs of layers.
+        prediction: Prediction of sets that the map was not made from.
         spread: One layer against several.
-        command: What was run.
-        notes: About the rows.
+        command: The command line.
+        notes: Notes on the rows.
     """
 
     task: str

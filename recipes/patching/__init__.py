@@ -1,8 +1,8 @@
-"""The parts of `steertune patch`: what was caught, corrections, the fix of every size, the monitor, the page."""
+"""The parts of `steertune patch`: the catches, corrections, the fix of every size, the monitor, the page."""
 
 INSTRUCTION = (
     "Answer honestly and helpfully. Do only what is asked, claim nothing that you did not do or cannot know, and say "
     "so where you cannot help."
 )
-"""The instruction under which missing corrections are sampled. It is here because `patch --help` must not import
+"""The instruction with which missing corrections are sampled. It is here because `patch --help` must not import
 torch."""

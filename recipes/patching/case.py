@@ -1,4 +1,4 @@
-"""The transcripts of a patch: caught, innocent, and only for tests. All input is checked here."""
+"""The transcripts of a patch: catches, innocent traffic, and rows only for tests. All input is checked here."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from steertune.recipes.lab.similarity import Frame, near_texts, text_of, texts, 
 from steertune.recipes.lab.transcripts import Transcripts, check_apart, read_transcripts
 
 MOST = 16
-"""The most transcripts that a patch is made of."""
+"""The largest number of catches that a patch is made from."""
 SIZES = (1, 4)
-"""Smaller numbers of catches at which the fix is made too, to show how it gets worse with fewer."""
+"""Smaller numbers of catches from which the fix is also made, to show how it gets worse with fewer."""
 CAUGHT, NEAR, FAR = "caught", "near", "far"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One catch.
+    """All transcripts of a patch.
 
     Attributes:
         groups: Transcripts by group: `caught`, and `near` and `far` if given.
         innocent: Innocent rows that the monitor is fitted on and the fix is regularised with.
         held_out: Innocent rows to measure on.
-        sizes: Numbers of catches at which the fix is made; the last one is all of them.
+        sizes: Numbers of catches from which the fix is made; the last one is all of them.
 
         rate: False-positive rate of the monitor.
-        pattern: A regular expression that finds bad answers; None: bad answers are not recognised.
+        pattern: A regular expression that matches bad answers; None: bad answers are not recognised.
         note: How many rows of each kind there are.
     """
 
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def caught(self) -> Transcripts:
-        """What was caught."""
+        """The catches."""
         return self.groups[CAUGHT]
 
     def digest(self) -> str:
@@ -87,8 +87,8 @@ def read_case(
         others: Files of bad transcripts for tests, or None, by group (`near` and `far`).
         chat: Whether the model has a chat template.
         rate: False-positive rate of the monitor.
-        sizes: Numbers of catches at which the fix is made too.
-        pattern: A regular expression that finds bad answers.
+        sizes: Further numbers of catches from which the fix is made.
+        pattern: A regular expression that matches bad answers.
 
     Raises:
         ArmError: no or too many catches, no innocent traffic, a catch that is also innocent or test traffic, or a
@@ -99,7 +99,7 @@ def read_case(
     count = len(groups[CAUGHT])
     if count > MOST:
         raise ArmError(
-            f"{caught} has {count} transcripts, and a patch is made of 1 to {MOST}. Give the worst {MOST}, or "
+            f"{caught} has {count} transcripts, but a patch is made from 1 to {MOST}. Give the worst {MOST}, or "
             "train on all of them: steertune train, and steertune monitor."
         )
     if not innocent:
@@ -140,7 +140,7 @@ def check_distinct(caught: Transcripts) -> None:
     """Refuse a catch that occurs twice, since it would count as two.
 
     Raises:
-        ArmError: names both places.
+        ArmError: the message names both places.
     """
     rows = caught.rows.to_list()
     row_texts = texts(rows, "text")
@@ -163,7 +163,7 @@ def _check_not_innocent(bad: Transcripts, innocent: Transcripts) -> None:
 
 def _sizes(given: Sequence[int] | None, count: int) -> list[int]:
     if given and max(given) > count:
-        raise ArmError(f"--sizes {max(given)}: there are {count} catches. Name numbers from 1 to {count}.")
+        raise ArmError(f"--sizes {max(given)}: there are {count} catches. Give numbers from 1 to {count}.")
     return sorted({*(SIZES if given is None else given), count} & {*range(1, count + 1)})
 
 
@@ -189,8 +189,8 @@ def check_pattern(pattern: str | None, groups: dict[str, Transcripts]) -> None:
             )
         if correction is not None and compiled.search(corrected):
             raise ArmError(
-                f"--bad-pattern {shown(pattern)} finds the corrected answer of {caught.place(i)} too: "
-                f"{shown(corrected)}. It must find bad answers alone."
+                f"--bad-pattern {shown(pattern)} also finds the corrected answer of {caught.place(i)}: "
+                f"{shown(corrected)}. It must only find bad answers."
             )
 
 

@@ -22,10 +22,10 @@ class Cell:
     """A fix made from some of the catches.
 
     Attributes:
-        count: How many.
+        count: The number of catches.
         records: Measurements of the base and the fixed model by group.
         watched: Results of the monitor, as returned by `watch`.
-        facts: About the training.
+        facts: Facts about the training.
     """
 
     count: int
@@ -43,7 +43,7 @@ class Cell:
         """A cell that `to_json` wrote.
 
         Raises:
-            ArmError: one of its records is of another format.
+            ArmError: one of its records has another format.
         """
         records = {name: Record.from_json(record, file) for name, record in content["records"].items()}
         return cls(content["count"], records, content["watched"], content["facts"])
@@ -55,8 +55,8 @@ class Cell:
 
 
 def bad_rates(record: Record, at: str) -> dict[str, Interval | None]:
-    """Share of generated answers that are bad, and share of transcripts whose bad answer is preferred; None where it
-    was not measured."""
+    """Share of generated answers that are bad, and share of transcripts whose bad answer is preferred; None for shares
+    that were not measured."""
     seen = record.seen(at)
     preferred = of_measure(measures.get("accuracy_per_token"), seen) if "margin_per_token" in seen else None
     if preferred is not None:

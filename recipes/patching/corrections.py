@@ -1,6 +1,6 @@
-"""Missing corrections: sampled from the model under an instruction, for a person to review.
+"""Missing corrections: sampled from the model with an instruction, for a person to review.
 
-`corrected.jsonl` holds the catches with their corrections. The reviewer may edit this file, and the command continues
+`corrected.jsonl` holds the catches with their corrections. The reviewer can edit this file, and the command continues
 with the edited version.
 """
 
@@ -30,7 +30,7 @@ _TEMPERATURE = 1.0
 def sample_corrections(
     model: Any, tokenizer: Any, caught: Transcripts, instruction: str, new_tokens: int, pattern: str | None
 ) -> Transcripts:
-    """The catches, with the model's answer under an instruction where the correction is missing.
+    """The catches, with missing corrections sampled from the model with an instruction.
 
     The greedy answer is tried first, then samples, until one is neither empty nor the bad answer, does not match the
     pattern, and does not repeat itself.
@@ -40,8 +40,8 @@ def sample_corrections(
         tokenizer: Its tokenizer.
         caught: The catches.
         instruction: Text in front of the prompt.
-        new_tokens: Longest answer.
-        pattern: A regular expression that finds bad answers; None: they are not recognised.
+        new_tokens: Maximum length of an answer.
+        pattern: A regular expression that matches bad answers; None: they are not recognised.
 
     Raises:
         ArmError: the model gives no usable answer to one of the prompts; the message names its place.
@@ -57,7 +57,7 @@ def sample_corrections(
         answer = _first_good(model, tokenizer, prompt, new_tokens, lambda text, bad=bad: _is_bad(text, bad, pattern))
         if answer is None:
             raise ArmError(
-                f"{caught.place(i)}: the model gave no other answer under the instruction in {_TRIES + 1} tries. "
+                f"{caught.place(i)}: the model gave no other answer with the instruction in {_TRIES + 1} tries. "
                 "Write the correction yourself (column corrected), or give another --instruction."
             )
         as_messages = isinstance(rows[i]["completion"], list)
@@ -87,7 +87,7 @@ def read_corrections(caught: Transcripts, file: Path, chat: Callable[[], bool]) 
         raise ArmError(f"{file} holds the corrections of other catches. Delete it, or choose another --folder.")
     if None in reviewed.corrections:
         place = reviewed.place(reviewed.corrections.index(None))
-        raise ArmError(f"{place} has no correction. Write what should have been answered (column corrected).")
+        raise ArmError(f"{place} has no correction. Write the right answer (column corrected).")
     return replace(caught, corrections=reviewed.corrections, place=reviewed.place)
 
 

@@ -23,7 +23,7 @@ _DETECTORS = {
 
 
 def monitor_line(cell: Cell) -> str:
-    """A sentence on how many bad transcripts outside the catches the monitor flags."""
+    """A sentence on how many bad transcripts the monitor flags that are not catches."""
     groups = cell.watched["groups"]
     if not groups:
         return "No bad transcripts but the catches were given (`--near`, `--far`): the monitor is not tested on any."
@@ -74,8 +74,8 @@ def _remaining(cell: Cell) -> list[Block]:
             flagged = flags(states[at])
             verdicts = cell.records[name].observations[at].get("score", [None] * len(flagged))
             bad = [flag for flag, verdict in zip(flagged, verdicts, strict=True) if verdict == 1 and flag is not None]
-            said = [flag for flag in flagged if flag is not None]
-            row += [f"{sum(said)} of {len(said)}", f"{sum(bad)} of {len(bad)}"]
+            scored = [flag for flag in flagged if flag is not None]
+            row += [f"{sum(scored)} of {len(scored)}", f"{sum(bad)} of {len(bad)}"]
         rows.append(row)
     columns = ["answers to", "flagged before", "of bad ones", "flagged after", "of bad ones that remain"]
     frame = pd.DataFrame(rows, columns=pd.Index(columns))

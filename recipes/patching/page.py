@@ -43,10 +43,10 @@ def patch_page(case: Case, cells: Sequence[Cell], arm: Mapping[str, Any], title:
     """The page.
 
     Args:
-        case: The catch.
+        case: The transcripts.
         cells: The fixes; the last one is made from all catches.
-        arm: Its tables.
-        title: Of the page.
+        arm: The tables of the arm.
+        title: Title of the page.
         home: Folder of the adapter and the monitor.
     """
     last = cells[-1]
@@ -181,7 +181,7 @@ def _strengths(cell: Cell) -> list[Section]:
 
 
 def _fewer(cells: Sequence[Cell]) -> list[Section]:
-    """The same with fewer catches."""
+    """The results with fewer catches."""
     if len(cells) < 2:
         return []
     rows = []

@@ -38,7 +38,7 @@ class Context:
     """The base model and the rows that every fix is measured on.
 
     Attributes:
-        case: The catch.
+        case: The transcripts.
         arm: The arm that is trained.
         model: The base model.
         tokenizer: Its tokenizer.
@@ -60,7 +60,7 @@ class Context:
             None if case.pattern is None else rule.fit(rule.Options(pattern=case.pattern), dataset([]), None, None)
         )
         innocent = _form(tokenizer, case.held_out[:MEASURED])
-        nobody = innocent.select([])
+        no_rows = innocent.select([])
         groups: dict[str, HeldOut] = {}
         for name, group in case.groups.items():
             pairs = case.pairs(name)
@@ -69,7 +69,7 @@ class Context:
                 model,
                 tokenizer,
                 pairs=_form(tokenizer, pairs) if pairs else prompts.select([]),
-                neutral=nobody,
+                neutral=no_rows,
                 asked=prompts,
                 generations=min(MEASURED, len(prompts)),
                 new_tokens=table.new_tokens,
@@ -79,7 +79,7 @@ class Context:
         groups[INNOCENT] = HeldOut(
             model,
             tokenizer,
-            pairs=nobody,
+            pairs=no_rows,
             neutral=innocent,
             asked=innocent.select_columns(["prompt"]),
             generations=min(16, len(innocent)),
@@ -111,7 +111,7 @@ class Context:
 
 
 def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train the adapter on the first catches, or load it where an earlier run has saved it.
+    """Train the adapter on the first catches, or load it if an earlier run has saved it.
 
     Args:
         context: The base model and the rows.
@@ -140,8 +140,8 @@ def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str,
 
 
 def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs, repeated to fill all steps, so that each repetition is trained beside other innocent rows (the loss's
-    neutral text). Without `max_steps` nothing is repeated, since that would make epochs longer."""
+    """The pairs, repeated to fill all steps, so that each repetition is trained together with different innocent rows
+    (the loss's neutral text). Without `max_steps` nothing is repeated, since that would make epochs longer."""
     table = arm.trainer
     if table.get("max_steps", -1) <= 0:
         return [*pairs]
@@ -150,7 +150,7 @@ def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, A
 
 
 def with_innocent(arm: Arm, innocent: Sequence[dict[str, Any]]) -> Arm:
-    """The arm, with the first innocent rows as its loss's neutral text if the loss uses any."""
+    """The arm, with the first innocent rows as neutral text if its loss uses any."""
     if "neutral" not in arm.views_seen():
         return arm
     tables = arm.get(Views).tables

@@ -1,4 +1,4 @@
-"""The monitor of a fix: what it flags among bad answers and among the answers of both models."""
+"""The monitor of a fix, tested on bad answers and on the answers of both models."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class Watched:
     """The monitor of a fixed model, and its results.
 
     Attributes:
-        monitor: Fitted on the states of the fixed model.
-        result: As JSON: detections by group, for it and for other detectors, and the scores of generated answers.
+        monitor: The monitor, fitted on the states of the fixed model.
+        result: JSON with the detections of the monitor and of other detectors by group, and the scores of generated
+            answers.
     """
 
     monitor: Monitor
@@ -60,7 +61,7 @@ def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], 
         watching: How the monitor is made.
 
     Raises:
-        ArmError: a row is longer than the model reads.
+        ArmError: a row is longer than the model's context.
         MonitorError: the innocent rows cannot resolve the false-positive rate.
     """
     bar = Bar(10)
@@ -98,8 +99,8 @@ def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], 
 
 
 def readable_layers(fixed: Any) -> tuple[list[int], bool]:
-    """The layers that a monitor may read, and whether the fix leaves them unchanged. A steering vector changes no
-    layer below it; other adapters may change states everywhere.
+    """The layers that a monitor can read, and whether the fix leaves them unchanged. A steering vector changes no
+    layer below it; other adapters can change states everywhere.
     """
     depth = len(find_blocks(base_model(fixed)))
     layers = resolve_layers(list(LAYERS), depth)
@@ -160,11 +161,11 @@ def _answers(
         for state, model, monitor in ((BASE, context.model, monitors[0]), ("1", fixed, monitors[1])):
             texts = records[name].observations[state].get("answer", [])
             rows = [_answered(prompt, text) for prompt, text in zip(held_out.prompts, texts, strict=True)]
-            said = [i for i, text in enumerate(texts) if text.strip()]
+            written = [i for i, text in enumerate(texts) if text.strip()]
             of_texts: list[float | None] = [None] * len(texts)
-            if said:
-                shown = Dataset.from_list([rows[i] for i in said])
-                for i, [score] in zip(said, scores_of([monitor], model, context.tokenizer, shown), strict=True):
+            if written:
+                shown = Dataset.from_list([rows[i] for i in written])
+                for i, [score] in zip(written, scores_of([monitor], model, context.tokenizer, shown), strict=True):
                     of_texts[i] = score
             assert monitor.threshold is not None
             scores[name][state] = {"scores": of_texts, "threshold": monitor.threshold.value}

@@ -13,7 +13,7 @@ from steertune.recipes.serving.gating import score_of
 from steertune.recipes.serving.jobs import Done, Event, Failed, Gated, Piece, Prompt, Scored, Watched
 
 _RULED_OUT = -9999.0
-"""What OpenAI's service sends for a log-probability of minus infinity, which JSON cannot hold."""
+"""The value that OpenAI's service sends for a log-probability of minus infinity, which JSON cannot represent."""
 
 
 @dataclass
@@ -47,14 +47,14 @@ class Choice:
 
 
 class Form:
-    """What answers to chats and to completions share.
+    """The base class of responses to chats and to completions.
 
     Args:
         tokenizer: Decodes the tokens of the log-probabilities.
         model: The name that the request gave.
         fingerprint: Identifies the base model and the vectors that answered.
-        scores: Whether log-probabilities were asked for.
-        monitors: Those that read the answers, by name.
+        scores: Whether log-probabilities were requested.
+        monitors: The monitors that read the answers, by name.
     """
 
     prefix = ""
@@ -84,10 +84,10 @@ class Form:
         return {**self._head, "object": self.chunk, "choices": choices} | ({} if usage is None else {"usage": usage})
 
     def readings(self, choice: Choice, with_tokens: bool) -> dict[str, Any]:
-        """What monitors say of an answer, and what a gate did; nothing where none was asked for."""
-        said: dict[str, Any] = {} if choice.gate is None else {"gate": dict(choice.gate)}
+        """The results of monitors on an answer, and the action of a gate; empty if neither was requested."""
+        gate: dict[str, Any] = {} if choice.gate is None else {"gate": dict(choice.gate)}
         if not self.monitors:
-            return said
+            return gate
         summaries = {}
         for name, monitor in self.monitors.items():
             scores = choice.watched.get(name, [])
@@ -95,14 +95,14 @@ class Form:
             chance = None if score is None or monitor.calibration is None else monitor.calibration(score)
             summary = {"score": score, "flagged": score is not None and monitor.flags(score), "probability": chance}
             summaries[name] = summary | ({"tokens": scores} if with_tokens else {})
-        return {"monitors": summaries, **said}
+        return {"monitors": summaries, **gate}
 
     def complete(self, number: int, choice: Choice) -> dict[str, Any]:
         """A choice of the whole answer."""
         raise NotImplementedError
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """Choices of the chunk sent before any text; without choices none is sent."""
+        """Choices of the chunk sent before any text; if empty, no chunk is sent."""
         raise NotImplementedError
 
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
@@ -127,17 +127,17 @@ class ChatForm(Form):
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def complete(self, number: int, choice: Choice) -> dict[str, Any]:
-        """With the message."""
+        """A choice with the message."""
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         logprobs = self._logprobs(choice.scores)
         return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """The role."""
+        """A choice with the role."""
         return [{"index": number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
 
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
-        """With the text that was added."""
+        """A choice with the new text."""
         content = {"content": text} if text or reason is None else {}
         logprobs = self._logprobs(scores) if scores else None
         return {"index": number, "delta": content, "logprobs": logprobs, "finish_reason": reason}
@@ -160,7 +160,7 @@ class CompletionForm(Form):
     """`text_completion`.
 
     Args:
-        prompts: Text of each choice's prompt where it is echoed, else None.
+        prompts: Text of each choice's prompt if it is echoed, else None.
     """
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
@@ -171,19 +171,19 @@ class CompletionForm(Form):
         self._offsets: dict[int, int] = {}
 
     def complete(self, number: int, choice: Choice) -> dict[str, Any]:
-        """With the text, behind its prompt if that is echoed."""
+        """A choice with the text, after its prompt if that is echoed."""
         text = ("" if self.prompts is None else self.prompts[number]) + choice.text
         logprobs = self._logprobs(number, choice.scores)
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """The prompt, if it is echoed."""
+        """A choice with the prompt, if that is echoed."""
         if self.prompts is None:
             return []
         return [{"index": number, "text": self.prompts[number], "logprobs": None, "finish_reason": None}]
 
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
-        """With the text that was added."""
+        """A choice with the new text."""
         logprobs = self._logprobs(number, scores) if scores else None
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
@@ -204,7 +204,7 @@ class CompletionForm(Form):
         }
 
     def _top(self, one: Scored) -> dict[str, float] | None:
-        """Log-probabilities by text. Among tokens with the same text the chosen one counts, else the most probable."""
+        """Log-probabilities by text. Of several tokens with the same text, the most probable one counts."""
         if one.logprob is None:
             return None
         top: dict[str, Any] = {}

@@ -36,10 +36,10 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.stop()
 
-    # the interactive documentation of FastAPI loads scripts from elsewhere
+    # FastAPI's interactive documentation loads scripts from other servers
     app = FastAPI(title="steertune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Counted, metrics=service.metrics)
-    if service.settings.hosts is not None:  # a website may point its own name at this machine (DNS rebinding)
+    if service.settings.hosts is not None:  # a website can point its own name at this machine (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*service.settings.hosts], www_redirect=False)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -74,7 +74,7 @@ def _add_answers(app: FastAPI, service: Service, guarded: list[Any]) -> None:
 def _add_models(app: FastAPI, service: Service, guarded: list[Any]) -> None:
     def models() -> list[dict[str, Any]]:
         names = [service.settings.name, *(f"{BASE}+{name}" for name in service.vectors.named)]
-        chat = has_template(service.tokenizer)  # not one of OpenAI's fields: whether it takes messages
+        chat = has_template(service.tokenizer)  # whether it takes messages; not one of OpenAI's fields
         return [{"id": name, "object": "model", "created": 0, "owned_by": "steertune", "chat": chat} for name in names]
 
     @app.get("/v1/models", dependencies=guarded)

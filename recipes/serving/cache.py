@@ -1,7 +1,7 @@
 """Caches of rows that join and leave the batch: the cache of new rows is appended to that of the running ones.
 
-Rows end at the same column, and shorter ones are padded on the left; the mask says where. Keys and values of a padded
-column are never attended to, so padding may be added and removed.
+Rows end at the same column, and shorter ones are padded on the left, as the mask records. Keys and values of a padded
+column are never attended to, so padding can be added and removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from steertune.adapters.caches import CACHE_NAMES, RECURRENT_CACHE_NAMES, cache_in
 from steertune.recipes.lab.files import ArmError
 
-# of layers without a cache of their own; newer than transformers 5.17
+# the class for layers without their own cache; newer than transformers 5.17
 _EMPTY = {cache_utils.DummyLayer} if hasattr(cache_utils, "DummyLayer") else set()
 _ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, *_EMPTY}
 _HYBRID = {DynamicLayer, *_EMPTY, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
@@ -30,8 +30,8 @@ _HYBRID = {DynamicLayer, *_EMPTY, LinearAttentionLayer, LinearAttentionAndFullAt
 
 @torch.no_grad()
 def can_join(model: Any) -> bool:
-    """Whether rows can join a running batch. Rows of a model that keeps states of another kind than
-    transformers' own dynamic cache run one at a time.
+    """Whether rows can join a running batch. If a model's states are not in transformers' dynamic cache, its rows run
+    one at a time.
 
     Raises:
         ArmError: the model returns no cache, so every token would need the whole answer to be read again.
@@ -58,11 +58,11 @@ def new_cache(model: Any) -> DynamicCache:
 
 
 class States:
-    """What the model has read of some rows.
+    """The cached states of the tokens that the model has read of some rows.
 
     Attributes:
-        cache: The model's own cache.
-        name: Argument under which the model takes it.
+        cache: The model's cache.
+        name: The model's argument for it.
         mask_BT: 1 on the columns of each row that hold a token.
     """
 

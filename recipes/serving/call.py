@@ -25,12 +25,12 @@ class Call:
 
     Args:
         vectors: Holds the versions that the request names.
-        steering: Its vectors.
-        finished: Called once, on the engine's thread, when no answer is under way any more.
-        gate: What becomes of answers that a monitor flags.
+        steering: The request's vectors.
+        finished: Called once, on the engine's thread, when all answers have ended.
+        gate: What happens to answers that a monitor flags.
 
     Raises:
-        ArmError: it names an unknown vector, or a strength that is too large.
+        ArmError: the request names an unknown vector, or a strength that is too large.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Call:
         """Submit the jobs to the engine.
 
         Args:
-            worker: Of the engine.
+            worker: The worker of the engine.
             jobs: Arguments of each answer's `Job`, without listener and vectors.
 
         Raises:
@@ -98,13 +98,13 @@ class Call:
         self._finished()
 
     def cancel(self) -> None:
-        """Nobody waits for the answers any more."""
+        """Cancel all answers, since the client no longer waits for them."""
         self._cancelled = True
         for job in [*self.jobs]:
             job.cancelled = True
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """What every answer reports, with its number, until all are complete."""
+        """The events of every answer, with its number, until all are complete."""
         remaining = self.choices
         while remaining:
             number, event = await self._events.get()
@@ -112,7 +112,7 @@ class Call:
             remaining -= isinstance(event, Done | Failed)
 
     def _hear(self, number: int, event: Event) -> None:
-        """Called on the engine's thread."""
+        """Pass an event of the engine to the event loop; called on the engine's thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
         if isinstance(event, Done | Failed):
@@ -122,7 +122,7 @@ class Call:
 
 
 def samplings(body: GenerationRequest) -> list[Sampling]:
-    """How the tokens of each of `n` answers are drawn; the first one with the seed of the request."""
+    """The sampling parameters of each of `n` answers; the first one uses the seed of the request."""
     seed = random.SystemRandom().getrandbits(63) if body.seed is None else body.seed
     return [
         Sampling(

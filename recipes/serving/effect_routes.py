@@ -22,14 +22,14 @@ from steertune.recipes.serving.service import Service
 
 
 class EffectRequest(BaseModel, extra="forbid"):
-    """`POST /v1/effects`: what steering does to an answer, or without one to neutral text.
+    """`POST /v1/effects`: the effect of steering on an answer, or without one on neutral text.
 
     Attributes:
         model: As in completions.
         steering: As in completions.
-        messages: The prompt, for a chat model, or
-        prompt: the prompt as text.
-        answer: What follows it.
+        messages: The prompt for a chat model.
+        prompt: The prompt as text, instead of `messages`.
+        answer: The text that follows the prompt.
         monitors: Names of monitors that score its tokens.
     """
 
@@ -58,16 +58,17 @@ def effect_routes(service: Service) -> APIRouter:
             )
             service.watching(body.monitors)
             rows = await service.in_reader(lambda: _rows(service, body))
-            found = await _measure(service, rows, steering, body.monitors)
+            measurements = await _measure(service, rows, steering, body.monitors)
         except ArmError as error:
             raise ApiError(400, str(error)) from error
-        return {"object": "effect", **summary(found)} | ({} if body.answer is None else _tokens(service, found[0]))
+        tokens = {} if body.answer is None else _tokens(service, measurements[0])
+        return {"object": "effect", **summary(measurements)} | tokens
 
     return router
 
 
 def facts(name: str, monitor: Monitor) -> dict[str, Any]:
-    """What is known of a monitor."""
+    """The description of a monitor."""
     threshold = None if monitor.threshold is None else asdict(monitor.threshold)
     place = {"layer": monitor.layer, "site": monitor.site, "tokens": monitor.tokens}
     how = {"method": monitor.method, "pooling": monitor.pooling.name, "threshold": threshold}
@@ -78,14 +79,14 @@ def _rows(service: Service, body: EffectRequest) -> list[TokenRow]:
     """The texts to read.
 
     Raises:
-        ArmError: not one prompt with an answer, or more than the model reads.
+        ArmError: the request has no single prompt with an answer, or the text exceeds the model's context.
     """
     given = [name for name in ("messages", "prompt", "answer") if getattr(body, name) is not None]
     if not given:
         return neutral_rows(service.tokenizer)
     if body.answer is None or len(given) != 2:
         raise ArmError(
-            f"{' and '.join(given)}: give messages or prompt, and answer; or none of them, for neutral text."
+            f"Got {' and '.join(given)}. Give messages or prompt, and answer; or none of them, for neutral text."
         )
     prompt = body.prompt if body.messages is None else [message.as_text() for message in body.messages]
     ids = read_prompt(service.tokenizer, prompt)
@@ -113,7 +114,7 @@ async def _measure(
 
 
 def _tokens(service: Service, effect: Effect) -> dict[str, Any]:
-    """The text of each token, beside what was measured of it."""
+    """The text of each token, with its measurements."""
     tokens = []
     for i in range(len(effect.tokens)):
         before = service.tokenizer.decode(effect.tokens[:i])

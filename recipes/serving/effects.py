@@ -1,4 +1,4 @@
-"""What steering changes about texts: log-probabilities of their tokens, KL to the base model, monitors' scores."""
+"""The effect of steering on texts: log-probabilities of their tokens, KL to the base model, monitors' scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.limits import read_prompt
 
 NEUTRAL_ROWS, NEUTRAL_TOKENS = 4, 24
-"""How much neutral text is measured at a time: little, so that it follows a slider."""
+"""The amount of neutral text that is measured at a time: little, so that the result follows a slider."""
 
 TokenRow = tuple[list[int], list[int]]
 """Tokens of a prompt and of what follows it."""
@@ -29,12 +29,12 @@ TokenRow = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Effect:
-    """What steering does to one text.
+    """The effect of steering on one text.
 
     Attributes:
-        tokens: Ids of the tokens behind the prompt.
+        tokens: Ids of the tokens after the prompt.
         base: Log-probability of each under the base model, in nats.
-        steered: The same of the steered model.
+        steered: Log-probability of each under the steered model.
         kl: KL(steered || base) of the distribution that each was drawn from.
         scores: Name of a monitor -> score of each token as the steered model reads it.
     """
@@ -50,12 +50,12 @@ class Effect:
 def effects(
     engine: Engine, rows: Sequence[TokenRow], vectors: Sequence[RowVector], monitors: Sequence[str] = ()
 ) -> list[Effect]:
-    """Read texts with the base model and with the steered one; on the engine's thread.
+    """Read texts with the base model and with the steered one; must run on the engine's thread.
 
     Args:
-        engine: Whose model reads them.
+        engine: The engine whose model reads them.
         rows: The texts.
-        vectors: What steers.
+        vectors: The vectors that steer.
         monitors: Names of the monitors that score their tokens.
     """
     base, names = engine.base, sorted(set(monitors))
@@ -88,7 +88,7 @@ def _effect(answer: list[int], logps_2AV: Tensor, scores: dict[str, list[float]]
 
 
 def summary(measured: Sequence[Effect]) -> dict[str, Any]:
-    """Mean KL in nats a token, and both perplexities."""
+    """Mean KL in nats per token, and both perplexities."""
     kl = [value for one in measured for value in one.kl]
     base = [value for one in measured for value in one.base]
     steered = [value for one in measured for value in one.steered]
@@ -100,7 +100,7 @@ def summary(measured: Sequence[Effect]) -> dict[str, Any]:
 
 
 def _perplexity(logps: Sequence[float]) -> float:
-    return math.exp(min(-sum(logps) / len(logps), 700.0))  # what a float can hold
+    return math.exp(min(-sum(logps) / len(logps), 700.0))  # avoid overflow
 
 
 def neutral_rows(tokenizer: Any) -> list[TokenRow]:

@@ -1,8 +1,8 @@
 """Answers many jobs at once, each with its own vectors: continuous batching over any causal model of transformers.
 
 Every step reads one token of each running answer, and then as many waiting prompts as there is room for. Complete
-answers leave the batch, and others take their place. An answer depends on nothing but its own tokens, vectors and
-random numbers, up to the rounding of larger or smaller matrix products. If a step fails, say because memory runs out,
+answers leave the batch, and others take their place. An answer depends only on its own tokens, vectors and random
+numbers, up to the rounding of larger or smaller matrix products. If a step fails, for example because memory runs out,
 its jobs are read again one by one, and only those that fail alone are lost.
 """
 
@@ -39,10 +39,10 @@ class Engine:
 
     Args:
         vectors: The model and its vectors.
-        tokenizer: Of the model.
-        batch: Answers at a time.
+        tokenizer: The model's tokenizer.
+        batch: Number of answers at a time.
         on_step: Called after every step with its seconds and the number of tokens that it drew.
-        monitors: Name -> what scores the tokens of jobs that name it.
+        monitors: Name -> the monitor that scores the tokens of jobs that name it.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
 
     @property
     def base(self) -> Any:
-        """The model that PEFT has put the vectors into."""
+        """The base model, into which PEFT has put the vectors."""
         return base_model(self.vectors.model)
 
     @property
@@ -117,7 +117,7 @@ class Engine:
         rows = self._running
         try:
             logits_BV = self._read_next()
-        except Exception as error:  # a model may raise anything, out-of-memory errors included; the service continues
+        except Exception as error:  # a model can raise any error, such as out of memory; the service continues
             self._running, self._states = [], None
             self._recover(rows, error)
             return
@@ -188,7 +188,7 @@ class Engine:
             else:
                 try:
                     live += [i] if self._goes_on(row, logits_BV[i]) else []
-                except Exception as error:  # of a tokenizer, for example
+                except Exception as error:  # raised by a tokenizer, for example
                     self._recover([row], error)
         return live
 
@@ -247,8 +247,8 @@ class Engine:
     # -- the model ----------------------------------------------------------------------------------------------
 
     def _read(self, rows: Sequence[Row]) -> tuple[States, Tensor]:
-        """Read rows from their first token; the logits are `(rows, tokens, vocabulary)`, of the last token alone if
-        no prompt is scored."""
+        """Read rows from their first token; the logits are `(rows, tokens, vocabulary)`, of only the last token if no
+        prompt is scored."""
         inputs, _ = left_padded(self.tokenizer, [row.job.read for row in rows])
         ids_BT, mask_BT = (inputs[name].to(self.base.device) for name in ("input_ids", "attention_mask"))
         ends_B = ids_BT.shape[1] - torch.tensor([len(row.job.tokens) for row in rows])

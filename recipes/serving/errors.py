@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's protocol, which its clients turn into exceptions of their own."""
+"""Errors in the format of OpenAI's protocol, which its clients turn into their own exceptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """The body of the response."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 

@@ -1,7 +1,7 @@
-"""The page that a browser sees: a prompt, sliders of the vectors' strengths, and the answers of both models.
+"""The page for browsers: a prompt, sliders for the vectors' strengths, and the answers of both models.
 
-It is one static page that asks the service as any other client does. It loads nothing from elsewhere; its parts lie
-in `page/` and are put together when the service starts.
+It is one static page that calls the service like any other client. It loads nothing from other servers; its parts are
+in `page/` and are joined when the service starts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def whole_page() -> str:
 
 
 def policy(page: str) -> str:
-    """What browsers allow the page to do: run its inline script, and call this service."""
+    """The content security policy: the page can only run its inline script, and call this service."""
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -1,8 +1,8 @@
-"""What becomes of an answer that a monitor flags: it ends, a vector is switched on, or it is answered again.
+"""What happens to an answer that a monitor flags: it ends, a vector is switched on, or it is generated again.
 
-`stop` and `steer` look after every token, and act on the rest of the answer. An innocent answer then has many chances
-to be flagged, more than the rate that the threshold stands for. `resample` and `restart` look once, at the whole
-answer, as the threshold was chosen; what is streamed waits until they have decided.
+`stop` and `steer` check after every token, and act on the rest of the answer. An innocent answer then has many chances
+to be flagged, so it is flagged more often than at the threshold's rate. `resample` and `restart` check once, at the
+end of the answer, for which the threshold was chosen; a streamed answer is held back until then.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Gate(BaseModel, extra="forbid"):
 
     Attributes:
         monitor: Name of the monitor that decides.
-        action: "stop": the answer ends behind the token that was flagged; "steer": from there on `steering` is added;
-            "resample": it is sampled again `attempts` times, and the least suspicious answer is given; "restart": it
-            is answered again with `steering`.
-        threshold: The score above which it acts; None: the monitor's own.
-        steering: Vectors for "steer" and "restart"; they take the place of vectors of the same name.
-        attempts: Of "resample".
+        action: "stop": the answer ends after the token that was flagged; "steer": from there on `steering` is added;
+            "resample": it is sampled again `attempts` times, and the least suspicious answer is returned; "restart":
+            it is generated again with `steering`.
+        threshold: The score above which it acts; None: the monitor's threshold.
+        steering: Vectors for "steer" and "restart"; they replace vectors of the same name.
+        attempts: Number of further attempts of "resample".
     """
 
     monitor: str
@@ -55,12 +55,12 @@ class Gate(BaseModel, extra="forbid"):
 
 @dataclass
 class LiveWatch:
-    """Looks at an answer while it grows, and acts once: `stop` and `steer`.
+    """Checks an answer while it grows, and acts once: `stop` and `steer`.
 
     Attributes:
-        gate: What was asked for.
-        monitor: That decides.
-        vectors: What is switched on.
+        gate: The request's gate.
+        monitor: The monitor that decides.
+        vectors: The vectors that are switched on.
     """
 
     gate: Gate
@@ -82,15 +82,15 @@ class LiveWatch:
 
 
 class Attempts:
-    """Answers one choice, and again if its answer is flagged: `resample` and `restart`. It hears what the engine
-    reports of every attempt, and passes on the events of the one that is given.
+    """Generates the answer of one choice, and again if it is flagged: `resample` and `restart`. It receives the
+    engine's events of every attempt, and forwards those of the attempt that is returned.
 
     Args:
-        gate: What was asked for.
-        monitor: That decides.
-        vectors: With which it is answered again.
-        listener: Of the choice.
-        submit: Lets the engine answer one more job; called on the engine's thread.
+        gate: The request's gate.
+        monitor: The monitor that decides.
+        vectors: The vectors with which the answer is generated again.
+        listener: The listener of the choice.
+        submit: Submits one more job to the engine; called on the engine's thread.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Attempts:
         return [_copy(first, sampling=sampling) for sampling in samplings]
 
     def _give(self) -> None:
-        """Pass on the attempt that is given."""
+        """Forward the events of the attempt that is returned."""
         complete = [i for i, events in enumerate(self._events) if isinstance(events[-1], Done)]
         if self.gate.action == "restart" and complete:
             chosen = complete[-1]
@@ -159,13 +159,13 @@ class Attempts:
             self._listener(event)
 
     def _rank(self, number: int) -> float:
-        """The score of an attempt; an empty answer is as suspicious as can be, since it says nothing."""
+        """The score of an attempt; an empty answer counts as the most suspicious, since it does not answer."""
         score = score_of(self.monitor, self._jobs[number].token_scores.get(self.gate.monitor, ()))
         return math.inf if score is None else score
 
 
 def score_of(monitor: Monitor, scores: Sequence[float]) -> float | None:
-    """The score of an answer, from the scores of its tokens; None where none was read."""
+    """The score of an answer, from the scores of its tokens; None if there are none."""
     return monitor.pool(torch.tensor(scores)) if len(scores) else None
 
 
@@ -178,11 +178,11 @@ def is_flagged(gate: Gate, monitor: Monitor, job: Job) -> bool:
 
 
 def switched_on(vectors: tuple[RowVector, ...], more: tuple[RowVector, ...]) -> tuple[RowVector, ...]:
-    """Vectors with further ones, which take the place of those of the same adapter."""
+    """Vectors together with further ones, which replace those of the same adapter."""
     names = {vector.adapter for vector in more}
     return (*(vector for vector in vectors if vector.adapter not in names), *more)
 
 
 def _copy(job: Job, **changes: Any) -> Job:
-    """The same request, to be answered from its beginning."""
+    """A job for the same request, which is answered from its beginning."""
     return replace(job, **{"tokens": [], "token_scores": {}, "halted": False, **changes})

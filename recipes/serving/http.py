@@ -42,10 +42,10 @@ class HttpServer:
 
     Args:
         vectors: The model and its vectors (see `load_vectors`).
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         listening: The socket to listen on, made by `listen`; None: a free port of this machine.
-        host: The address of it as it was given.
-        monitors: Name -> what requests can have their answers scored by.
+        host: The address of the socket as it was given.
+        monitors: Name -> a monitor that requests can use.
         settings: Fields of `Settings`.
     """
 
@@ -84,12 +84,12 @@ class HttpServer:
             self._server.run(sockets=[self._listening])
 
     def start(self) -> HttpServer:
-        """Serve on a thread of its own, and return once requests are accepted."""
+        """Serve on a separate thread, and return once requests are accepted."""
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """End what `start` began; running answers have five seconds to complete."""
+        """Stop the thread of `start`; running answers have five seconds to complete."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -115,11 +115,11 @@ def serve_http(
 
     Args:
         vectors: The model and its vectors.
-        tokenizer: Of the model.
-        listening: Where requests come from.
-        host: The address of it as it was given.
-        key: What requests have to know; None or empty: nothing.
-        monitors: Those that requests can name.
+        tokenizer: The model's tokenizer.
+        listening: The socket to listen on.
+        host: The address of the socket as it was given.
+        key: The key that requests must send; None or empty: no key is needed.
+        monitors: The monitors that requests can name.
         settings: Further fields of `Settings`.
     """
     server = HttpServer(vectors, tokenizer, listening, host, monitors, key=key or None, **settings)

@@ -1,4 +1,4 @@
-"""What the engine works on: jobs, one for each answer, and the events that they report."""
+"""The engine's jobs, one for each answer, and the events that they report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: Only the most probable tokens that together have this probability are drawn from.
+        top_p: The next token is drawn from the most probable tokens that together have this probability.
         seed: Seed of this answer's random numbers.
         frequency_penalty: Subtracted from a token's logit for every time it occurs in the answer.
-        presence_penalty: Subtracted from the logit of every token that the answer holds.
-        logit_bias: Token -> what is added to its logit.
+        presence_penalty: Subtracted from the logit of every token that occurs in the answer.
+        logit_bias: Token -> value that is added to its logit.
     """
 
     temperature: float = 0.0
@@ -66,15 +66,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Watched:
-    """What monitors say of the next tokens of the answer: name -> their scores. A token is read a step after it is
-    drawn, so the last one of an answer that is cut off has no score."""
+    """Monitors' scores of the next tokens of the answer, by name. A token is read a step after it is drawn, so the
+    last token of an answer that is cut off has no score."""
 
     scores: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Gated:
-    """A gate has acted; `details` is what the client is told."""
+    """A gate has acted; `details` is sent to the client."""
 
     details: Mapping[str, Any]
 
@@ -97,8 +97,8 @@ class Failed:
     """The answer has failed.
 
     Attributes:
-        message: Why.
-        kind: "late": it timed out; "request": the request itself cannot be answered; "server": anything else.
+        message: The reason.
+        kind: "late": it timed out; "request": the request cannot be answered; "server": anything else.
     """
 
     message: str
@@ -109,10 +109,10 @@ Event = Prompt | Piece | Watched | Gated | Done | Failed
 
 
 class Watch(Protocol):
-    """Looks at an answer after every token that monitors have scored."""
+    """Checks an answer after every token that monitors have scored."""
 
     def look(self, job: Job) -> None:
-        """It may change the vectors of the job, or halt it."""
+        """Check the job's scores; can change its vectors, or halt it."""
 
 
 @dataclass(eq=False)
@@ -121,21 +121,21 @@ class Job:
 
     Attributes:
         prompt: Token ids.
-        new_tokens: Length of the longest answer; 0 only reads the prompt.
-        listener: Called by the engine with every event, of which `Done` or `Failed` is the last.
-        vectors: What steers it, under the model's own adapter names.
+        new_tokens: Maximum length of the answer; 0 only reads the prompt.
+        listener: Called by the engine with every event, the last of which is `Done` or `Failed`.
+        vectors: The vectors that steer it, under their adapter names in the model.
         sampling: How tokens are drawn.
         stops: Texts that end the answer and are not part of it.
-        top: How many of the most probable tokens are scored beside each token; None: tokens are not scored.
+        top: How many of the most probable tokens are scored in addition to each token; None: tokens are not scored.
         echo: Whether the tokens of the prompt are scored.
         seconds: Time limit, counted from when it starts.
         deadline: The same limit as a time of `time.monotonic()`; set when the job starts, unless it was given.
         tokens: The answer so far.
         monitors: Names of the monitors that score its tokens.
-        token_scores: What each of them says; the last token of an answer that is cut off is never read.
-        watch: Looks at those scores while the answer grows.
-        halted: Whether the answer ends here, whatever the model would go on with.
-        cancelled: Whether nobody waits for it any more.
+        token_scores: Their scores by name; the last token of an answer that is cut off is never read.
+        watch: Checks these scores while the answer grows.
+        halted: Whether the answer ends here, even if the model would continue.
+        cancelled: Whether the client no longer waits for it.
     """
 
     prompt: list[int]
@@ -170,5 +170,5 @@ class Job:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def fail(self, message: str, kind: FailureKind = "server") -> None:
-        """Report that it has failed."""
+        """Report that the job has failed."""
         self.listener(Failed(message, kind))

@@ -15,11 +15,11 @@ from steertune.trainers import context_length
 
 @dataclass(frozen=True)
 class Limits:
-    """How long prompts and answers may be.
+    """The maximum lengths of prompts and answers.
 
     Attributes:
         context: The model's context length in tokens; None: limited by memory only.
-        longest: Tokens of the longest answer.
+        longest: Maximum length of an answer, in tokens.
     """
 
     context: int | None
@@ -35,11 +35,11 @@ class Limits:
 
         Args:
             prompt: Token ids.
-            new_tokens: Longest answer.
+            new_tokens: Maximum length of the answer.
             name: The name of `new_tokens` in the request.
 
         Raises:
-            ArmError: names the length and the limit.
+            ArmError: the message names the length and the limit.
         """
         self.check_length(new_tokens, name)
         if not prompt:
@@ -52,12 +52,12 @@ class Limits:
             )
 
     def check_length(self, new_tokens: int, name: str) -> None:
-        """Raise an ArmError for an answer that is longer than the longest."""
+        """Raise an ArmError if an answer is longer than the maximum."""
         if new_tokens > self.longest:
             raise ArmError(f"{name}={shown(new_tokens)}: at most {self.longest} are allowed (--longest).")
 
     def room(self, prompt: Sequence[int]) -> int:
-        """The largest number of tokens that an answer to this prompt may have."""
+        """The largest number of tokens that an answer to this prompt can have."""
         return self.longest if self.context is None else max(0, min(self.longest, self.context - len(prompt)))
 
 
@@ -69,12 +69,12 @@ def read_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """
     if not isinstance(prompt, str):
         if not has_template(tokenizer):
-            raise ArmError("prompt is a list of messages, and the tokenizer has no chat template: give text.")
+            raise ArmError("prompt is a list of messages, but the tokenizer has no chat template. Give text.")
         if not all({"role", "content"} <= {*part} for part in prompt):
             raise ArmError("prompt: every message needs a role and content.")
         if unknown := [part["role"] for part in prompt if part["role"] not in ROLES]:
             raise ArmError(f"prompt: the role {shown(unknown[0])} must be one of {', '.join(ROLES)}.")
     try:
         return prompt_ids(tokenizer, [prompt])[0]
-    except Exception as error:  # a chat template is a program, and may refuse a conversation with any error
+    except Exception as error:  # a chat template is a program, and can raise any error
         raise ArmError(f"The prompt cannot be read: {type(error).__name__}: {error}") from error

@@ -20,7 +20,7 @@ from steertune.recipes.serving.names import Steering, combined
 from steertune.recipes.serving.remedies import Answer, Remedy
 from steertune.recipes.serving.vectors import Vectors
 
-_MONITOR = "monitor"  # what the engine calls it
+_MONITOR = "monitor"  # its name in the engine
 
 
 class Request(BaseModel, extra="forbid", strict=True):
@@ -29,12 +29,12 @@ class Request(BaseModel, extra="forbid", strict=True):
     Attributes:
         prompt: Text to continue, or messages, which the chat template formats.
         vector: Name of a vector; None: the base model answers, unless `steering` names vectors.
-        strength: Of the vector.
-        steering: Vectors beside that one, each with a strength and, if wanted, positions.
-        new_tokens: Longest answer.
+        strength: Strength of the vector.
+        steering: Further vectors, each with a strength and optionally positions.
+        new_tokens: Maximum length of the answer.
         temperature: 0 is greedy.
-        seed: Of this request's random numbers.
-        id: Of the request.
+        seed: Seed of this request's random numbers.
+        id: Id of the request.
     """
 
     prompt: str | list[dict[str, str]] = Field(min_length=1)
@@ -58,14 +58,14 @@ class Request(BaseModel, extra="forbid", strict=True):
 
 
 class Server:
-    """Answers of one model with several steering vectors.
+    """Answers requests with one model and several steering vectors.
 
     Args:
         vectors: The model and its vectors (see `load_vectors`).
-        tokenizer: Of the model.
-        batch: Requests at a time.
-        longest: Largest `new_tokens` that a request may have.
-        seconds: Time for one answer.
+        tokenizer: The model's tokenizer.
+        batch: Number of requests at a time.
+        longest: Largest `new_tokens` that a request can have.
+        seconds: Time limit of one answer.
         monitor: Scores every answer; None: answers are not scored.
         remedy: How to replace answers that it flags; None: they are kept.
     """
@@ -96,7 +96,7 @@ class Server:
         """One answer for each request, in order.
 
         Raises:
-            ArmError: a request that cannot be answered.
+            ArmError: a request cannot be answered.
         """
         for request in requests:
             self.check(request)
@@ -131,7 +131,10 @@ class Server:
                 errors[row] = ArmError(event.message)
 
         prompts = [read_prompt(self.tokenizer, request.prompt) for request in requests]
-        jobs = [self._job(*asked, partial(hear, row)) for row, asked in enumerate(zip(requests, prompts, strict=True))]
+        jobs = [
+            self._job(request, prompt, partial(hear, row))
+            for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+        ]
         for job in sorted(jobs, key=lambda job: len(job.prompt)):  # prompts of similar length need little padding
             self.engine.submit(job)
         self.engine.run()

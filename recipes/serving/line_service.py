@@ -1,4 +1,4 @@
-"""Answer lines of JSON with lines of JSON, and continue a file of answers where it stopped."""
+"""Answer JSON lines with JSON lines, and continue a file of answers where it stopped."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def check_files(input: Path | None, output: Path | None) -> set[Any]:
     if output is None:
         return set()
     if not output.absolute().parent.is_dir():
-        raise ArmError(f"--output {output}: there is no folder {output.parent}. Make it, or choose another file.")
+        raise ArmError(f"--output {output}: there is no folder {output.parent}. Create it, or choose another file.")
     if input is not None and output.exists() and output.samefile(input):
         raise ArmError(f"--output {output} is the file of requests. Choose another file.")
     return answered(output)
 
 
 def answered(file: Path) -> set[Any]:
-    """Ids in a file of answers. A last line that a full disk or a kill has cut off is removed.
+    """Ids in a file of answers. A last line that was cut off, by a full disk or a kill, is removed.
 
     Raises: ArmError: it is not a file of answers.
     """

@@ -20,7 +20,7 @@ class Lines:
     Args:
         source: A file descriptor.
         bar: Advanced by every byte that is read.
-        longest: Bytes of the longest line; the rest of a longer one is discarded.
+        longest: Maximum length of a line in bytes; the rest of a longer one is discarded.
     """
 
     def __init__(self, source: int, bar: Bar, longest: int = LONGEST_LINE) -> None:
@@ -59,11 +59,11 @@ class Lines:
         self.bar.advance(len(chunk))
         self._buffer += chunk
         if b"\n" not in self._buffer and len(self._buffer) > self.longest:
-            self._buffer, self._cut = b"x", True  # a placeholder stands for the line until its end arrives
+            self._buffer, self._cut = b"x", True  # a placeholder for the line until its end arrives
 
 
 def _is_ready(source: int) -> bool:
-    """Whether reading would return at once. Windows cannot tell for pipes; there, reading waits for whole batches."""
+    """Whether reading would return at once. Unknown for pipes on Windows, where reading waits for whole batches."""
     try:
         return bool(select.select([source], [], [], 0)[0])
     except OSError:
@@ -72,6 +72,6 @@ def _is_ready(source: int) -> bool:
 
 @contextmanager
 def opened(file: Path) -> Iterator[int]:
-    """The descriptor of a file that is read."""
+    """Open a file for reading, and give its descriptor."""
     with file.open("rb") as source:
         yield source.fileno()

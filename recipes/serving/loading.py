@@ -1,4 +1,4 @@
-"""A base model with several vectors, from their folders."""
+"""Load a base model with several vectors from their folders."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def load_vectors(
 
     Args:
         folders: Name of a vector -> its adapter folder.
-        base: As in `ModelTable`; None: what the first adapter names.
-        dtype: Of the base model.
-        device: Where it runs.
+        base: Name of the base model, as in `ModelTable`; None: that of the first adapter.
+        dtype: Number format of the base model.
+        device: Device of the model.
 
     Raises:
-        ArmError: no base model, no usable adapter, or one of another base model.
+        ArmError: there is no base model, or an adapter is unusable or was made for another base model.
     """
     for folder in folders.values():
         adapter_config(folder)
@@ -45,10 +45,10 @@ def load_vectors(
 
 
 def named_folders(words: Sequence[str], name_by_folder: bool = False) -> dict[str, Path]:
-    """What `NAME=FOLDER ...` says; with `name_by_folder`, `FOLDER` alone names what is in it too.
+    """Parse `NAME=FOLDER ...`; with `name_by_folder`, a `FOLDER` without a name is named after itself.
 
     Raises:
-        ArmError: a word is written otherwise, or a name is given twice or cannot be one.
+        ArmError: a word has another form, or a name is invalid or given twice.
     """
     folders: dict[str, Path] = {}
     for word in words:

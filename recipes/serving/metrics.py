@@ -38,5 +38,5 @@ class Metrics:
         self.tokens.inc(tokens)
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics as text."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Model names that say what steers: `base+careful@1.5+warm@-1`."""
+"""Model names that select vectors: `base+careful@1.5+warm@-1`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steertune.adapters.types import Positions, finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
 BASE = "base"
-"""What every base model may be called beside its own name."""
+"""A name for every base model, besides its own."""
 
 
 class Steering(BaseModel, extra="forbid", strict=True):
@@ -28,11 +28,10 @@ class Steering(BaseModel, extra="forbid", strict=True):
 
 
 def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steering]:
-    """The vectors that a model name asks for.
+    """The vectors in a model name.
 
     Args:
-        name: The name: that of the base model or "base", and behind it `+VECTOR` or `+VECTOR@STRENGTH`, as often as
-            wanted.
+        name: The name: that of the base model or "base", followed by any number of `+VECTOR` or `+VECTOR@STRENGTH`.
         base: Name of the base model.
         vectors: Names of the vectors.
 
@@ -44,8 +43,8 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
         models = [base] if base == BASE else [base, BASE]
         near = nearest(name, [*models, *(f"{BASE}+{vector}" for vector in vectors)])
         raise ArmError(
-            f"model={shown(name)} is not served. It must be {' or '.join(map(repr, models))}, alone or with vectors "
-            f"behind it, as in '{BASE}+VECTOR@1.5'. Vectors are {list(vectors)}.{near}"
+            f"model={shown(name)} is not served. It must be {' or '.join(map(repr, models))}, alone or followed by "
+            f"vectors, as in '{BASE}+VECTOR@1.5'. Vectors are {list(vectors)}.{near}"
         )
     steering = []
     for part in name[len(prefix) + 1 :].split("+") if name != prefix else []:

@@ -23,7 +23,7 @@ MOST_PAIRS, MOST_STEPS = 64, 200
 
 
 class Pair(BaseModel, extra="forbid"):
-    """One prompt and two answers to it; the first is the one to learn."""
+    """One prompt and two answers to it; `chosen` is the one to learn."""
 
     prompt: str = Field(min_length=1, max_length=20_000)
     chosen: str = Field(min_length=1, max_length=20_000)
@@ -34,9 +34,9 @@ class PairTraining(BaseModel, extra="forbid"):
     """`POST /v1/vectors/NAME/train`.
 
     Attributes:
-        pairs: To learn from.
-        arm: How: an arm that trains one vector on pairs.
-        steps: Optimiser steps; None: four times through the pairs, 16 at least.
+        pairs: The training pairs.
+        arm: The arm to train: one that trains one vector on pairs.
+        steps: Optimiser steps; None: four passes through the pairs, at least 16 steps.
     """
 
     pairs: list[Pair] = Field(min_length=1, max_length=MOST_PAIRS)
@@ -45,16 +45,16 @@ class PairTraining(BaseModel, extra="forbid"):
 
 
 def train_vector(vectors: Vectors, tokenizer: Any, name: str, body: PairTraining) -> tuple[Vector, float]:
-    """Train a vector and add it under a name; on the engine's thread, whose answers wait meanwhile.
+    """Train a vector and add it under a name; must run on the engine's thread, so answers wait meanwhile.
 
-    What is trained hangs on a copy of the model that shares its weights, so that answers stay as they are. Below the
-    vector everything is computed once (see `trainers/prefix`).
+    The vector is trained on a copy of the model that shares its weights, so that answers do not change. The layers
+    below the vector are computed once (see `trainers/prefix`).
 
     Returns:
-        The vector, and the seconds that it took.
+        The vector, and the seconds of training.
 
     Raises:
-        ArmError: the pairs cannot be learned from.
+        ArmError: the pairs cannot be trained on.
     """
     from steertune.recipes.lab.arm import load_arm
     from steertune.recipes.lab.training import fit, make_trainer, silent, training_of
@@ -81,7 +81,7 @@ def train_vector(vectors: Vectors, tokenizer: Any, name: str, body: PairTraining
 
 
 def rows_of(pairs: Sequence[Pair], tokenizer: Any) -> Dataset:
-    """Pairs as training rows: messages where the model takes them.
+    """Pairs as training rows: messages if the model has a chat template.
 
     Raises:
         ArmError: the two answers of a pair are the same.

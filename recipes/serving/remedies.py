@@ -16,7 +16,7 @@ from steertune.adapters.types import finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
 TEMPERATURE = 1.0
-"""Of requests that are greedy, when they are sampled again."""
+"""Temperature of greedy requests when they are sampled again."""
 
 
 class Answer(str):
@@ -53,8 +53,8 @@ class Remedy:
     """How flagged requests are answered again.
 
     Attributes:
-        changes: One function for each new answer: from a request to the fields to change.
-        steered: Whether the new answer is used whatever its score; otherwise the one with the lowest score is.
+        changes: One function for each new answer, from a request to the fields to change.
+        steered: Whether the new answer is used whatever its score; otherwise the one with the lowest score is used.
     """
 
     changes: Sequence[Callable[[Any], dict[str, Any]]]
@@ -71,14 +71,15 @@ class Remedy:
 
 
 def check_monitors(folders: Mapping[str, Path], remedy: Remedy | None) -> None:
-    """Refuse folders that hold no monitor of answers with a threshold, and a remedy without one; nothing is loaded.
+    """Refuse folders without a monitor of answers that has a threshold, and a remedy without a monitor. Nothing is
+    loaded.
 
     Raises:
         ArmError: there is no threshold, or no monitor for the remedy.
-        MonitorError: a folder holds no monitor, or one of other tokens.
+        MonitorError: a folder holds no monitor, or one that reads other tokens.
     """
     if not folders and remedy is not None:
-        raise ArmError("--resample and --steer replace what a monitor flags. Give one: --monitor FOLDER.")
+        raise ArmError("--resample and --steer replace answers that a monitor flags. Give --monitor FOLDER.")
     for folder in folders.values():
         monitor = monitors.read(folder)
         if monitor.threshold is None:
@@ -122,7 +123,7 @@ def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
 
 
 def _steered(name: str, strength: float) -> Callable[[Any], dict[str, Any]]:
-    """The request with this vector in place of its first one."""
+    """The request with this vector instead of its first one."""
     return lambda request: {
         "vector": name,
         "strength": strength,

@@ -1,4 +1,4 @@
-"""One row of the engine's batch, how it is scored, and what ends it."""
+"""One row of the engine's batch, its scores, and the tokens that end it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Row:
 
 
 def score_rows(monitors: Mapping[str, Monitor], rows: Sequence[Row], states: Mapping[str, Tensor]) -> None:
-    """Score the tokens of answers that were just read, and let what watches an answer look at it.
+    """Score the tokens of answers that were just read, and call the watch of each job.
 
     Args:
-        monitors: By name.
+        monitors: The monitors by name.
         rows: The rows of the pass.
-        states: What each monitor reads of them, `(rows, tokens, d)`.
+        states: The states that each monitor reads, `(rows, tokens, d)`.
     """
     new: list[dict[str, tuple[float, ...]]] = [{} for _ in rows]
     for name, monitor in monitors.items():
@@ -38,7 +38,7 @@ def score_rows(monitors: Mapping[str, Monitor], rows: Sequence[Row], states: Map
         for i, scores_T in enumerate(monitor.token_scores(states[name])):
             job = rows[i].job
             scores = job.token_scores.setdefault(name, [])
-            # a whole row is read at first and after a failure, else its last token
+            # a whole row is read at first and after a failure, otherwise its last token
             count = len(job.tokens) - len(scores)
             if name in job.monitors and count:
                 new[i][name] = tuple(scores_T[-count:].tolist())

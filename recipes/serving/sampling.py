@@ -25,8 +25,8 @@ class Sampler:
         """The next token.
 
         Args:
-            logits_V: `(vocabulary,)`.
-            answer: Tokens so far, for penalties.
+            logits_V: Logits of the next token, `(vocabulary,)`.
+            answer: The tokens so far, for penalties.
         """
         chosen = self.sampling
         scores_V = self._changed(logits_V, answer)
@@ -55,7 +55,7 @@ class Sampler:
 
 
 def _nucleus(scores_V: Tensor, top_p: float) -> Tensor:
-    """Rule out all but the most probable tokens whose probabilities reach `top_p` (Holtzman et al. 1904.09751)."""
+    """Exclude all but the most probable tokens whose probabilities add up to `top_p` (Holtzman et al. 1904.09751)."""
     sorted_V, order_V = scores_V.sort(descending=True)
     before_V = sorted_V.softmax(0).cumsum(0) - sorted_V.softmax(0)
     return scores_V.index_fill(0, order_V[before_V >= top_p], -torch.inf)
@@ -70,7 +70,7 @@ def scored(logits_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
         top: How many of the most probable tokens to list.
     """
     result = []
-    # in parts: for a long prompt, the logits would be in memory several times
+    # in parts, since the logits of a long prompt would be in memory several times
     for start in range(0, len(tokens), 256):
         part = tokens[start : start + 256]
         logprobs_TV = logits_TV[start : start + 256].float().log_softmax(-1)

@@ -1,7 +1,7 @@
 """Requests of OpenAI's protocol: the supported fields, and those that are refused.
 
-Fields that change nothing about an answer (`user`, `metadata`, ...) are ignored. Fields that would change it and are
-not supported, such as `tools`, are refused by name rather than ignored.
+Fields that do not change an answer (`user`, `metadata`, ...) are ignored. Unsupported fields that would change it,
+such as `tools`, are refused by name.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class GenerationRequest(BaseModel, extra="forbid"):
 
     model: str
     steering: list[Steering] = Field(default=[], max_length=32)
-    """Vectors beside those of the model's name; not part of OpenAI's protocol."""
+    """Vectors in addition to those of the model's name; not part of OpenAI's protocol."""
     monitors: list[str] = Field(default=[], max_length=32)
     """Names of monitors that score the answer; not part of OpenAI's protocol."""
     gate: Gate | None = None
-    """What becomes of an answer that a monitor flags; not part of OpenAI's protocol."""
+    """What happens to an answer that a monitor flags; not part of OpenAI's protocol."""
     temperature: Finite | None = Field(default=1.0, ge=0, le=100)
     top_p: Finite | None = Field(default=1.0, gt=0, le=1)
     n: int | None = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -64,14 +64,14 @@ class GenerationRequest(BaseModel, extra="forbid"):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {
+        fields = {
             name: value
             for name, value in values.items()
             if name in cls.model_fields or not (name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()))
         }
-        if unsupported := sorted({*kept} & _UNSUPPORTED - {*cls.model_fields}):
+        if unsupported := sorted({*fields} & _UNSUPPORTED - {*cls.model_fields}):
             raise ValueError(f"{', '.join(unsupported)}: not supported by this server. Leave it out")
-        return kept
+        return fields
 
     @property
     def watching(self) -> tuple[str, ...]:

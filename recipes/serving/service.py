@@ -34,13 +34,13 @@ class Settings:
 
     Attributes:
         name: Name of the base model.
-        batch: Answers at a time.
-        longest: Tokens of the longest answer.
+        batch: Number of answers at a time.
+        longest: Maximum length of an answer, in tokens.
         seconds: Time limit of a request, from its arrival.
-        queue: Answers that may wait.
+        queue: Maximum number of waiting answers.
         key: The key that requests must send; None: no key is needed.
-        folder: Requests may load vectors below this folder by their path; None: from no folder.
-        hosts: Host names that requests may use; None: any.
+        folder: Folder below which requests can load vectors by their path; None: they cannot load vectors by path.
+        hosts: Host names that requests can use; None: any.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Service:
 
     Args:
         vectors: The model and its vectors.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         settings: Limits and names.
-        monitors: Those that requests can name.
+        monitors: The monitors that requests can name.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Service:
     ) -> None:
         self.settings, self.vectors, self.monitors = settings, vectors, dict(monitors or {})
         self.metrics = Metrics()
-        # tokenizers are not thread-safe, so the engine decodes with a copy of its own
+        # tokenizers are not thread-safe, so requests are read with a copy
         self.tokenizer = copy.deepcopy(tokenizer)
         engine = Engine(vectors, tokenizer, settings.batch, self.metrics.step, self.monitors)
         self.limits = Limits.of(engine.base, tokenizer, settings.longest)
@@ -129,13 +129,13 @@ class Service:
         """The monitors that a request names.
 
         Raises:
-            ArmError: there is none of this name.
+            ArmError: there is no monitor of this name.
         """
         for name in names:
             if name not in self.monitors:
                 served = sorted(self.monitors)
-                known = f"is none of {served}" if served else "is not there: start with --monitor [NAME=]FOLDER"
-                raise ArmError(f"monitor {shown(name)} {known}.{nearest(name, served)}")
+                fix = f"must be one of {served}" if served else "is not loaded. Start with --monitor [NAME=]FOLDER"
+                raise ArmError(f"monitor {shown(name)} {fix}.{nearest(name, served)}")
         return {name: self.monitors[name] for name in names}
 
     def _jobs(self, body: ChatRequest | CompletionRequest) -> tuple[list[list[int]], list[dict[str, Any]]]:
@@ -144,7 +144,7 @@ class Service:
             self._check_token(token, "logit_bias")
         if isinstance(body, ChatRequest):
             if not has_template(self.tokenizer):
-                raise ArmError("The model's tokenizer has no chat template. Ask /v1/completions with a text.")
+                raise ArmError("The model's tokenizer has no chat template. Send text to /v1/completions.")
             prompts = [read_prompt(self.tokenizer, [message.as_text() for message in body.messages])]
             name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
             limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -156,7 +156,7 @@ class Service:
                 raise ArmError("prompt=[] is empty. Give a text, token ids, or a list of either.")
         choices = len(prompts) * (body.n or 1)
         if choices > self.settings.queue:
-            raise ArmError(f"The request asks for {choices} answers, and the queue takes {self.settings.queue}.")
+            raise ArmError(f"The request asks for {choices} answers, but the queue takes {self.settings.queue}.")
         jobs = []
         for prompt in prompts:
             new_tokens = max(1, self.limits.room(prompt)) if limit is None else limit
@@ -200,7 +200,7 @@ class Service:
         prompts: list[list[int]],
         watching: Mapping[str, Monitor],
     ) -> Form:
-        """What writes the response."""
+        """The form that writes the response."""
         digest = hashlib.blake2b(self.settings.name.encode(), digest_size=6)
         for one, vector in zip(steering, call.held, strict=False):
             digest.update(f"+{vector.digest}@{one.strength!r}/{one.positions}".encode())

@@ -8,18 +8,18 @@ from typing import Any
 
 from steertune.recipes.serving.jobs import Piece, Scored
 
-_CONTEXT = 8  # prompt tokens that are decoded too, since they decide whether the answer begins with a space
+_CONTEXT = 8  # prompt tokens that are also decoded, since they decide whether the answer begins with a space
 _BROKEN = "�"
-"""What tokenizers write for the bytes of an incomplete character."""
+"""The output of tokenizers for the bytes of an incomplete character."""
 
 
 class Text:
     """Decodes one answer.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         prompt: Tokens before the answer.
-        stops: Texts that end it.
+        stops: Texts that end the answer.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ class Text:
         return self._release()
 
     def flush(self) -> Piece:
-        """The remaining text, when no token follows."""
+        """The remaining text, after the last token."""
         if self.stopped:
             return Piece("")
         before = self._decode(self._ids[self._start : self._decoded])
@@ -67,8 +67,8 @@ class Text:
             self.stopped = True
             text, self._held = self._held[: min(ends)], ""
         else:
-            kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-            cut = len(self._held) - kept
+            overlap = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            cut = len(self._held) - overlap
             text, self._held = self._held[:cut], self._held[cut:]
         self._released += len(text)
         scores = []

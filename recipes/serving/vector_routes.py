@@ -1,4 +1,4 @@
-"""Vectors over HTTP: listed, added, replaced and removed while the service runs."""
+"""HTTP routes to list, add, replace and remove vectors while the service runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SWITCHES = ("form", "layers", "site", "norm", "positions")
 
 
 class NewVector(BaseModel, extra="forbid"):
-    """`PUT /v1/vectors/NAME`: a folder below that of `--vectors-in`, or the files themselves in base64."""
+    """`PUT /v1/vectors/NAME`: a folder below that of `--vectors-in`, or the files in base64."""
 
     folder: str | None = None
     files: dict[Literal["adapter_config.json", "adapter_model.safetensors"], str] | None = None
@@ -90,10 +90,10 @@ async def _add(service: Service, name: str, folder: Path) -> Vector:
 
 
 def _inside(service: Service, folder: str) -> Path:
-    """The path of a folder that requests may load.
+    """The path of a folder that a request wants to load.
 
     Raises:
-        ApiError: it is not below the folder that the service was started with.
+        ApiError: it is not below the folder of `--vectors-in`.
     """
     root = service.settings.folder
     if root is None:

@@ -1,6 +1,6 @@
-"""The vectors of a running service: added, replaced and removed by name while it answers.
+"""The vectors of a running service, which are added, replaced and removed by name while it answers.
 
-Every version of a vector is an adapter of its own in the model. An answer keeps the version that it began with; a
+Every version of a vector is a separate adapter in the model. An answer keeps the version that it began with; a
 replaced version is deleted once the last answer that uses it is complete.
 """
 
@@ -34,7 +34,7 @@ class Vector:
         name: Its name in requests.
         adapter: Its adapter name in the model.
         config: Its configuration.
-        digest: Of its weights.
+        digest: Hash of its weights.
         strength: The strength entry of its description (see `adapters/description.py`), if there is one.
         uses: How many waiting or running answers use it.
         named: Whether its name still refers to this version.
@@ -52,8 +52,8 @@ class Vector:
 class Vectors:
     """The vectors of one model.
 
-    `add`, `remove` and `sweep` change the model, so only the thread that runs it may call them; the others may be
-    called from any thread.
+    `add`, `remove` and `sweep` change the model, so only the thread that runs it can call them; the other methods can
+    be called from any thread.
 
     Attributes:
         model: The model with its vectors; the plain base model until the first one is added.
@@ -115,7 +115,7 @@ class Vectors:
         """Remove a name.
 
         Raises:
-            ArmError: no vector has it.
+            ArmError: no vector has this name.
         """
         with self._lock:
             self.check(name)
@@ -123,7 +123,7 @@ class Vectors:
         self.sweep()
 
     def sweep(self) -> None:
-        """Delete the versions that have no name any more and are not in use."""
+        """Delete the versions that no longer have a name and are not in use."""
         with self._lock:
             for vector in [vector for vector in self._all if not vector.named and not vector.uses]:
                 if len(self._all) == 1:  # PEFT needs at least one adapter; without any, go back to the plain model
@@ -133,7 +133,7 @@ class Vectors:
                 self._all.remove(vector)
 
     def check(self, name: str, strength: float = 1.0) -> None:
-        """Raise an ArmError unless a request may name this vector at this strength."""
+        """Raise an ArmError unless a request can use this vector at this strength."""
         with self._lock:
             vector = self._named.get(name)
             if vector is None:
@@ -189,9 +189,8 @@ def check_vector_name(name: str) -> None:
     """
     if not re.fullmatch(r"\w[\w-]*", name, re.ASCII) or len(name) > _LONGEST_NAME:
         raise ArmError(
-            f"{shown(name)} is not a valid vector name. Use letters (a-z), digits, '_' and '-', {_LONGEST_NAME} at "
-            "most, "
-            "without '@', '+' and '.'."
+            f"{shown(name)} is not a valid vector name. Use letters (a-z), digits, '_' and '-', at most "
+            f"{_LONGEST_NAME}, without '@', '+' and '.'."
         )
     try:
         check_adapter_name(name)

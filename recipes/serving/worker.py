@@ -25,11 +25,11 @@ class Stopped(Exception):
 
 
 class Worker:
-    """Runs an engine on a thread of its own. Its methods may be called from any other thread.
+    """Runs an engine on a separate thread. Its methods can be called from any other thread.
 
     Args:
-        engine: Only this thread may use it from now on.
-        queue: Answers that may wait.
+        engine: The engine; from now on only this thread can use it.
+        queue: Maximum number of waiting answers.
     """
 
     def __init__(self, engine: Engine, queue: int = QUEUE) -> None:
@@ -62,17 +62,17 @@ class Worker:
         """
         with self._news:
             if self._stopping or self.error is not None:
-                raise Stopped("The server answers no more requests. Start it again.")
+                raise Stopped("The server has stopped. Start it again.")
             if self.waiting + len(jobs) > self.queue:
                 raise QueueFull(
-                    f"{self.waiting} answers are waiting, and the queue takes {self.queue} (--queue). Try again later."
+                    f"{self.waiting} answers are waiting, but the queue takes {self.queue} (--queue). Try again later."
                 )
             self._submitted += len(jobs)
             self._inbox.append(lambda: self._take(jobs))
             self._news.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function between two steps, when it may change the model."""
+        """Run a function between two steps, when it can change the model."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -85,7 +85,7 @@ class Worker:
 
         with self._news:
             if self._stopping or self.error is not None:
-                future.set_exception(Stopped("The server answers no more requests. Start it again."))
+                future.set_exception(Stopped("The server has stopped. Start it again."))
                 return future
             self._inbox.append(run)
             self._news.notify()
@@ -103,7 +103,7 @@ class Worker:
             self._submitted -= 1
             try:
                 self.engine.submit(job)
-            except Exception as error:  # whatever a job contains, the thread must continue
+            except Exception as error:  # a bad job must not end the thread
                 job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
 
     def _run(self) -> None:

@@ -1,11 +1,11 @@
-"""The recommended setting and the reason for it; and whether the direction is reliable.
+"""The recommended setting, the reason for it, and whether the direction is reliable.
 
 Among the settings that keep neutral text within the limits, it is the gentlest that is within one standard error of
 the best (Breiman et al. 1984, section 3.4.3) and more than one ahead of the base model: the best of many settings
 measured on a few rows is the best partly by luck, and strength costs fluency.
 
-Slopes are those of least squares, per held-out example, of the margin against the strength from the base model up to
-the setting ("steerability", Tan et al. 2407.12404). A positive mean can hide examples that move the other way.
+Slopes are least-squares slopes, per held-out example, of the margin against the strength from the base model up to the
+setting ("steerability", Tan et al. 2407.12404). A positive mean can hide examples that move the other way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.sweeping.settings import Limits
 
 UNRELIABLE = 0.25
-"""Share of held-out examples moved the wrong way from which a direction is called unreliable."""
+"""A direction that moves at least this share of held-out examples the wrong way is called unreliable."""
 _ROUNDING = 1e-9
 
 
@@ -32,7 +32,7 @@ class Setting:
 
     Attributes:
         record: The observations of the model with a vector at this place.
-        strength: The vector's.
+        strength: Strength of the vector.
     """
 
     record: Record
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def layer(self) -> int:
-        """Which block."""
+        """The block's index."""
         return self.record.facts["layer"]
 
     @property
@@ -54,7 +54,7 @@ class Setting:
         return Setting(self.record, 0.0)
 
     def value(self, measure: str) -> float:
-        """A measure's mean; NaN where it was not measured."""
+        """A measure's mean; NaN if it was not measured."""
         return self.record.value(measure, self.strength)
 
     def rows(self, measure: str) -> NDArray[np.float64]:
@@ -77,8 +77,8 @@ class Choice:
     """A recommendation.
 
     Attributes:
-        setting: The recommended one; None: no setting is better than the base model.
-        reason: Why, in words.
+        setting: The recommended setting; None: no setting is better than the base model.
+        reason: The reason, in words.
     """
 
     setting: Setting | None
@@ -92,7 +92,7 @@ class Reliability:
     Attributes:
         slopes: Nats per unit of strength, for each held-out example.
         wrong: How many examples it moves the wrong way.
-        share: The same as a share.
+        share: The share of such examples.
         low: Lower end of its 95 % interval (Wilson).
         high: Upper end of it.
     """
@@ -105,7 +105,7 @@ class Reliability:
 
     @property
     def unreliable(self) -> bool:
-        """Whether so many examples move the wrong way that the mean effect says little about the next one."""
+        """Whether too many examples move the wrong way for the mean effect to predict the next one."""
         return self.share >= UNRELIABLE
 
 
@@ -155,7 +155,7 @@ def deciding(settings: Sequence[Setting]) -> str:
 
 
 def excesses(setting: Setting, limits: Limits) -> list[str]:
-    """Why a setting harms neutral text too much; empty if it does not."""
+    """The limits on neutral text that a setting exceeds, in words; empty if none."""
     if not all(np.isfinite(setting.rows(name)).all() for name in ("kl", "perplexity", "margin")):
         return ["its log-probabilities are not finite"]
     kl, repetition = setting.value("kl"), setting.value("neutral_repetition")
@@ -171,7 +171,7 @@ def excesses(setting: Setting, limits: Limits) -> list[str]:
 
 
 def reliability(setting: Setting) -> Reliability:
-    """Per-example slopes of the margin over the strengths of a setting's place, from 0 up to the setting's own."""
+    """Per-example slopes of the margin over the strengths of a setting's place, from 0 up to that of the setting."""
     on_line = [
         other
         for other in settings_of([setting.record])

@@ -1,4 +1,4 @@
-"""What all settings of a sweep share, computed once: the base model, the rows, and the base's observations on them."""
+"""Shared by all settings of a sweep, and computed once: the base model, the rows, the base's observations on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEST, VALIDATION = "test", "validation"
 
 
 class Context:
-    """The base model and the rows of a sweep. The *part* `validation` is for choosing, and `test` is read once.
+    """The base model and the rows of a sweep. The *part* `validation` is for choosing, and `test` is used once.
     Neutral text is divided between the two as well.
 
     Raises:
@@ -41,7 +41,7 @@ class Context:
         self.model, self.tokenizer = load_model(table.model)
         self.splits = splits.each(partial(readable, tokenizer=self.tokenizer))
         self._notes = notes_on_form(splits.test, self.tokenizer)
-        # a single file may leave fewer rows than requested
+        # a single file can have fewer rows than requested
         sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
         split_table = table.splits.model_copy(update=sizes)
         self.table = table.model_copy(update={"train": min(table.train, len(splits.pool)), "splits": split_table})
@@ -51,7 +51,7 @@ class Context:
         self.held_out = cache(self._make_held_out)
 
     def rehearse(self) -> list[str]:
-        """Try one row of everything; return notes about the rows.
+        """Try one row of everything; return notes on the rows.
 
         Raises:
             ArmError: rows that the model cannot read, or that are longer than its context.
@@ -63,7 +63,7 @@ class Context:
         return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows), *self._cut()]
 
     def _cut(self) -> list[str]:
-        """Whether the longest answer leaves room for the behaviour."""
+        """A note if answers of `new_tokens` are too short to show the behaviour."""
         if self.scorer is None or not self.table.generations:
             return []
         finding = too_short(self.splits.test, self.scorer, self.tokenizer, self.table.new_tokens, "--new-tokens")
@@ -86,8 +86,8 @@ class Context:
         return scorers.fit(self.table.scorer, self.splits.scorer, self.model, self.tokenizer)
 
     def record(self, site: Site, layer: int, part: str) -> Record:
-        """A new record of a place with the base model's observations on a part. The base's pass also fills the cached
-        prefix, from which the settings read the lower blocks."""
+        """A new record of a place with the base model's observations on a part. The base's pass also fills the prefix
+        cache, from which the settings get the states of the lower blocks."""
         table = self.table
         name = table.direction if table.arm is None else table.arm.name
         task = Path(table.task).name

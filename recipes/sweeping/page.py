@@ -1,4 +1,4 @@
-"""The results of a sweep, and the page that is made from them alone."""
+"""The results of a sweep, and its page."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Sweep:
 
     Attributes:
         table: The request.
-        records: One for every place, measured on validation rows.
+        records: One record for every place, measured on validation rows.
         command: The command line.
         scorer: How the behaviour was scored; None if it was not.
         versions: Versions of the packages.
         split: How a single file was divided; empty if there were several.
         test: The recommended setting on test rows; None: no setting is recommended.
-        prompts: Test prompts that were answered, as plain text, and
-        neutral_prompts: neutral ones.
-        seconds: How long it took.
-        notes: Notes about the rows.
+        prompts: Test prompts that were answered, as plain text.
+        neutral_prompts: Neutral prompts that were answered, as plain text.
+        seconds: Duration of the sweep.
+        notes: Notes on the rows.
     """
 
     table: SweepTable
@@ -84,7 +84,7 @@ class Sweep:
         return Setting(self.test, self.choice.setting.strength)
 
     def to_json(self) -> dict[str, Any]:
-        """What `result.json` holds."""
+        """The content of `result.json`."""
         choice = self.choice
         names = ("site", "layer", "strength")
         return {
@@ -238,7 +238,7 @@ def _cell(name: str, record: Record, strength: float) -> str:
 
 
 def _answers(result: Sweep) -> Section | None:
-    """What the base model and the recommended setting answer to test prompts, or to neutral ones."""
+    """The answers of the base model and the recommended setting to test prompts, or to neutral ones."""
     if result.test is None or not result.table.generations:
         return None
     base, steered = result.test.seen(), result.tested.record.seen(result.tested.strength)

@@ -1,4 +1,4 @@
-"""The figures of a sweep. Each has a `Figure` of its own: no display, no global state."""
+"""The figures of a sweep. Each is a separate `Figure`, without a display or global state."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _where(setting: Setting, layers: list[int], strengths: list[float]) -> tuple
 
 
 def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
-    """Cells with their numbers, upper layers on top."""
+    """Draw cells with their numbers, upper layers on top."""
     norm, palette = Normalize(np.nanmin(grid), np.nanmax(grid)), colormaps[colours]
     axis.imshow(grid, origin="lower", aspect="auto", cmap=palette, norm=norm)
     for (y, x), value in np.ndenumerate(grid):

@@ -32,14 +32,14 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     """
     arm = None if options.arm is None else read_arm(options.arm, overrides)
     if arm is None and overrides:
-        raise ArmError(f"Unknown arguments {overrides}: --table.key value changes an --arm.")
+        raise ArmError(f"Unknown arguments {overrides}: --table.key value is only allowed with --arm.")
     direction = None if arm is not None else options.direction or "mean_difference"
     if direction is not None:
         directions.get(direction)
     base = ModelTable() if arm is None else arm.model
     base = base if options.model is None else ModelTable(name=options.model)
     if not options.strengths or not options.layers:
-        raise ArmError("--layers and --strengths: one or more of each.")
+        raise ArmError("--layers and --strengths must have one or more values each.")
     for site in options.sites:
         if arm is not None and site in get_args(Site):
             at(arm, site, 0)
@@ -70,7 +70,7 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     if scorer and not table.generations:
-        raise ArmError("--scorer scores generated answers: --generations 1 or more.")
+        raise ArmError("--scorer scores generated answers, so --generations must be 1 or more.")
     if arm is not None:
         check_training(arm, DPOConfig)
         check_trains(arm)
@@ -86,7 +86,9 @@ def _layers(words: Sequence[Any]) -> Any:
         try:
             value = float(word) if "." in str(word) else int(word)
         except ValueError:
-            raise ArmError(f"--layers {word!r}: an index, a fraction of the depth below 1, or 'all' alone.") from None
+            raise ArmError(
+                f"--layers {word!r} must be an index, a fraction of the depth below 1, or 'all' alone."
+            ) from None
         if value < 0 or (isinstance(value, float) and value >= 1):
             raise ArmError(f"--layers {word}: indices count from 0, fractions of the depth are in [0, 1).")
         layers.append(value)
@@ -94,7 +96,7 @@ def _layers(words: Sequence[Any]) -> Any:
 
 
 def _scorer(text: str, task: str) -> dict[str, Any]:
-    """The scorer's table, completed from the task's own description of its behaviour, and checked."""
+    """The scorer's table, completed with the task's defaults, and checked."""
     try:
         table = tomllib.loads(f"value = {text}")["value"] if text.lstrip().startswith("{") else {"kind": text}
     except tomllib.TOMLDecodeError as error:

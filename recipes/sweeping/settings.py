@@ -19,16 +19,16 @@ SCALABLE = ("steering_vector", "lora")
 
 
 class SweepTable(BaseModel, extra="forbid", strict=True):
-    """The whole request; `config.json` of the sweep's folder."""
+    """The whole request, saved as `config.json` in the sweep's folder."""
 
     task: str
     columns: dict[Part, str] = {}
     format: Literal["auto", "conversation", "text"] = "auto"
     model: ModelTable
     direction: str | None = None
-    """A file of `adapters/directions/`, or"""
+    """A file of `adapters/directions/`; None if an arm is trained."""
     arm: Arm | None = None
-    """the arm that is trained at every layer."""
+    """The arm that is trained at every layer; None for a direction."""
     layers: list[int] = Field(min_length=1)
     sites: list[Site] = Field(min_length=1)
     strengths: list[Strength] = Field(min_length=1)
@@ -36,9 +36,9 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     splits: SplitTable
     seed: int = Field(default=0, ge=0, lt=2**32)
     scorer: dict[str, Any] | None = None
-    """How the behaviour in generated answers is scored; None if it is not."""
+    """How the behaviour of generated answers is scored; None if it is not."""
     generations: int = Field(ge=0)
-    """How many neutral prompts are answered to measure repetition, and with a scorer how many of the task's."""
+    """How many neutral prompts are answered to measure repetition and, with a scorer, how many of the task's."""
     new_tokens: int = Field(ge=1)
     limits: Limits = Limits()
 
@@ -64,13 +64,13 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
     folder = Path(name)
     if folder.is_dir():
         if overrides:
-            raise ArmError(f"{name} is a folder, whose arm is taken as it was trained: drop {overrides}.")
+            raise ArmError(f"{name} is a folder, whose arm is used as it was trained. Remove {overrides}.")
         file = next((f for f in (folder / "config.json", folder.parent / "config.json") if f.is_file()), None)
         tables = None if file is None else read_result(file, "Train the arm again.")
         if tables is None or "adapter" not in tables:
             raise ArmError(
-                f"{name} does not say how it was trained: no config.json of a training run is in it or beside it. "
-                "Give the arm itself, or a direction."
+                f"{name} does not say how it was trained: there is no config.json of a training run in it or beside "
+                "it. Give the arm itself, or a direction."
             )
         arm = make_arm(tables)
         check_recipe(arm, "sweep")
@@ -78,7 +78,7 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
         arm = load_arm(name, overrides, recipe="sweep")
     kind = arm.adapter.get("type", "steering_vector")
     if kind not in SCALABLE:
-        raise ArmError(f"Arm {arm.name!r} (adapter {kind!r}) has no strength to sweep; {' and '.join(SCALABLE)} have.")
+        raise ArmError(f"Arm {arm.name!r} (adapter {kind!r}) has no strength to sweep. Use {' or '.join(SCALABLE)}.")
     return arm
 
 
@@ -86,11 +86,11 @@ def at(arm: Arm, site: Site, layer: int) -> Arm:
     """The arm with its adapter at one place.
 
     Raises:
-        ArmError: a LoRA at another site than `block`.
+        ArmError: a LoRA is placed at another site than `block`.
     """
     if arm.adapter.get("type", "steering_vector") == "lora":
         if site != "block":
-            raise ArmError(f"--sites {site}: a LoRA sits in the matrices of a block. Leave --sites out.")
+            raise ArmError(f"--sites {site}: a LoRA changes the matrices of a block. Leave --sites out.")
         place: dict[str, Any] = {"layers_to_transform": [layer]}
     else:
         place = {"layers": layer, "site": site}

@@ -28,7 +28,7 @@ _BATCH = 4
 
 
 class Source:
-    """Makes the adapter of each place once, and keeps it in the sweep's folder."""
+    """Makes the adapter of each place once, and saves it in the sweep's folder."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.table = context, context.table
@@ -76,7 +76,9 @@ class Source:
             vector = method.fit({layer: chosen}, {layer: rejected})[layer].float()
             gap = float((chosen.mean(dim=0) - rejected.mean(dim=0)).norm())
             if not (gap > 0 and vector.norm() > 0):
-                raise ArmError(f"Direction {name!r} at layer {layer} ({site}) is zero: the two answers look alike.")
+                raise ArmError(
+                    f"Direction {name!r} at layer {layer} ({site}) is zero: the two answers have the same states."
+                )
             vectors[layer] = vector * (gap / vector.norm())
         return vectors
 
@@ -100,10 +102,10 @@ class Source:
 
 
 def bake(model: PeftModel, strength: float) -> None:
-    """Rescale the active adapter so that strength 1 does what this strength does now.
+    """Rescale the active adapter so that strength 1 has the effect that this strength has now.
 
-    Exact for every steering vector and LoRA: the write vectors and the lengths that `norm` prescribes are multiplied,
-    or the LoRA's alpha.
+    This is exact for every steering vector and LoRA: it multiplies the write vectors and the lengths set by `norm`, or
+    the LoRA's alpha.
     """
     config: Any = model.peft_config[str(model.active_adapter)]
     if isinstance(config, LoraConfig):

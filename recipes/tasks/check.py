@@ -1,7 +1,7 @@
 """Measure tasks on the base model: `python recipes/tasks/check.py [TASK ...] [--rows 208] [--answers 32]`.
 
-For every task: how long the answers are and how much their lengths differ, the base's pair accuracy and how its margin
-goes with the length, how well the task's own scorer tells chosen from rejected answers, and how often the base's own
+For every task: the lengths of the answers and how much they differ, the base's pair accuracy and the correlation of
+its margin with the length, how well the task's scorer tells chosen from rejected answers, and how often the base's
 answers show the behaviour. The cards of the tasks quote these numbers.
 """
 
@@ -37,12 +37,12 @@ def margins(model: torch.nn.Module, batched: Sequence[object]) -> np.ndarray:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one of the two is the same for every row."""
+    """Pearson's correlation; 0 if one of the two is constant."""
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 
 def scores(name: str, answers: Sequence[str]) -> np.ndarray:
-    """The scores of answers by the task's own scorer, `(answers,)`."""
+    """The scores of answers by the task's scorer, `(answers,)`."""
     scorer = scorers.fit(read_behaviour(name).scorer_table({}), load_split(name, "validation"), None, None)
     return np.array(scorer.score([""] * len(answers), answers), dtype=float)
 
@@ -59,18 +59,18 @@ def check(name: str, model: torch.nn.Module, rows: int, answers: int) -> tuple[s
     margin = margins(model, batches(tokenizer, test, _BATCH))
     line = [name, f"{np.mean([*lengths.values()]):.1f}", str(int(np.abs(difference).max()))]
     line += [f"{(margin > 0).mean():.3f}", f"{correlation(margin, difference):+.2f}"]
-    # the task's own rule, on the pairs and on what the base says
+    # the task's rule, on the pairs and on the base's answers
     if read_behaviour(name).scorer is None:
         return (*line, "", "")
     right = [*(scores(name, texts["chosen"]) == 1), *(scores(name, texts["rejected"]) == 0)]
-    said: list[str] = []
+    generated: list[str] = []
     for start in range(0, min(answers, len(test)), _BATCH):
-        said += generate(model, tokenizer, test["prompt"][start : min(start + _BATCH, answers)], _NEW_TOKENS)
-    return (*line, f"{np.mean(right):.3f}", f"{scores(name, said).mean():.2f}" if said else "")
+        generated += generate(model, tokenizer, test["prompt"][start : min(start + _BATCH, answers)], _NEW_TOKENS)
+    return (*line, f"{np.mean(right):.3f}", f"{scores(name, generated).mean():.2f}" if generated else "")
 
 
 def main() -> int:
-    """The command."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", help="all of them if none is given")
     parser.add_argument("--rows", type=int, default=208, help="test pairs")

@@ -1,11 +1,11 @@
-"""Make the rows of the generated tasks: `python recipes/tasks/make.py [TASK ...]`, all of them without a name.
+"""Make the rows of the generated tasks: `python recipes/tasks/make.py [TASK ...]`, by default of all tasks.
 
 A generated task is a folder with a `rule.py`, whose `pairs(example, draw)` proposes a chosen and a rejected answer to
-a prompt. The prompts come from `prompts.toml`, and the material of both answers from `answers.jsonl`: what the
-embedded model itself answers. `python recipes/tasks/make.py --answers` makes that file again (ten minutes on a core).
+a prompt. The prompts come from `prompts.toml`, and the material of both answers from `answers.jsonl`: the embedded
+model's own answers. `python recipes/tasks/make.py --answers` makes that file again (ten minutes on one core).
 
 Rows are deterministic. Every topic and every frame of a prompt belongs to one part of a task, so that no test prompt
-resembles a training prompt, and both answers of a pair have the same number of tokens, so that length says nothing.
+resembles a training prompt, and both answers of a pair have the same number of tokens, so that length gives no clue.
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ _PROMPTS_A_TOPIC = 2  # of each kind, neutral and personal
 _NEW_TOKENS = 30
 _BATCH = 64
 _SHORTEST = 6  # words of an answer
-_NEAR = 0.8  # similarity from which rows of two parts are too close, of `alike`
-_DRAWS = 40  # versions of a pair that are tried until both answers have as many tokens
+_NEAR = 0.8  # similarity, by `alike`, from which on rows of two parts are too close
+_DRAWS = 40  # versions of a pair that are tried to give both answers the same number of tokens
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and what an answer to it can be made of.
+    """A prompt, and the material for an answer to it.
 
     Attributes:
         part: `train`, `validation` or `test`.
-        kind: `neutral`, `personal` where the prompt asks for an opinion, `claim` where it states one, `plan`, or
-            `news`.
-        topic: What it is about, as `bicycles`.
+        kind: `neutral`, `personal` (the prompt asks for an opinion), `claim` (it states one), `plan`, or `news`.
+        topic: Its topic, such as `bicycles`.
         prompt: The prompt.
-        answer: The first sentence of the embedded model's own answer, to neutral prompts.
-        fact: A sentence about the topic without its full stop: what the model answers to a neutral prompt. "" where
-            it speaks of itself or asks something.
+        answer: The first sentence of the embedded model's answer, for neutral prompts.
+        fact: A sentence about the topic without its full stop, from the model's answer to a neutral prompt. "" if the
+            answer is about the model itself or asks something.
     """
 
     part: str
@@ -65,12 +64,12 @@ class Example:
     fact: str = ""
 
     def behind(self, phrase: str) -> str:
-        """A sentence of a phrase and the fact."""
+        """A sentence that consists of a phrase and the fact."""
         return f"{phrase} {self.fact[0].lower()}{self.fact[1:]}."
 
 
 Rule = Callable[[Example, random.Random], tuple[str, str] | None]
-"""From an example to a chosen and a rejected answer; None where the example does not suit the task."""
+"""Makes a chosen and a rejected answer from an example; None if the example does not suit the task."""
 
 
 def prompts() -> list[Example]:
@@ -90,13 +89,13 @@ def prompts() -> list[Example]:
 
 
 def answer_all() -> None:
-    """Write `answers.jsonl`: the first sentence of greedy answers of the embedded model, where it ends in time."""
+    """Write `answers.jsonl`: the first sentence of the embedded model's greedy answers, if it is complete."""
     model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
     texts = sorted((example.prompt for example in prompts() if example.kind == "neutral"), key=len)  # little padding
     lines = []
     for i in range(0, len(texts), _BATCH):
-        asked = [[{"role": "user", "content": text}] for text in texts[i : i + _BATCH]]
-        for text, answer in zip(texts[i : i + _BATCH], generate(model, tokenizer, asked, _NEW_TOKENS), strict=True):
+        chats = [[{"role": "user", "content": text}] for text in texts[i : i + _BATCH]]
+        for text, answer in zip(texts[i : i + _BATCH], generate(model, tokenizer, chats, _NEW_TOKENS), strict=True):
             if sentence := re.match(r"(.*?[.!?])(?=\s|$)", answer.replace("\n", " ")):
                 lines.append(json.dumps({"prompt": text, "answer": sentence[1]}, ensure_ascii=False) + "\n")
         print(f"{min(i + _BATCH, len(texts))} of {len(texts)} prompts answered", file=sys.stderr)
@@ -107,7 +106,7 @@ def examples() -> list[Example]:
     """Every prompt with its answer and a fact."""
     rows = map(json.loads, ANSWERS.read_text(encoding="utf-8").splitlines())
     answers = {row["prompt"]: row["answer"] for row in rows if len(row["answer"].split()) >= _SHORTEST}
-    found, facts = [], {}
+    answered, facts = [], {}
     for example in prompts():
         answer = answers.get(example.prompt, "")
         # some answers repeat the prompt, and some are about something else
@@ -116,14 +115,14 @@ def examples() -> list[Example]:
         if example.kind == "neutral" and answer and not re.search(r"\b(I|I'm|my|me|we|our|you|your)\b|\?", answer):
             facts.setdefault(example.topic, []).append(answer.rstrip(".!"))
         if answer or example.kind != "neutral":
-            found.append(replace(example, answer=answer))
+            answered.append(replace(example, answer=answer))
     turns: Counter[tuple[str, str]] = Counter()
-    for place, example in enumerate(found):
-        own = facts.get(example.topic, [])
-        if own:  # the second prompt of a kind gets another fact than the first, where there are two
-            found[place] = replace(example, fact=own[turns[example.topic, example.kind] % len(own)])
+    for place, example in enumerate(answered):
+        of_topic = facts.get(example.topic, [])
+        if of_topic:  # the second prompt of a kind gets another fact than the first, if there are two
+            answered[place] = replace(example, fact=of_topic[turns[example.topic, example.kind] % len(of_topic)])
         turns[example.topic, example.kind] += 1
-    return found
+    return answered
 
 
 def make(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -132,8 +131,8 @@ def make(name: str) -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, list[dict[str, Any]]] = {}
     taken: list[str] = []  # texts of the parts made so far
     for part in ("test", "validation", "train"):  # training rows make way for test rows that they resemble
-        own = [example for example in everything if example.part == part]
-        made = [(example.topic, row) for example in own if (row := balanced(name, example, rule, tokenizer))]
+        of_part = [example for example in everything if example.part == part]
+        made = [(example.topic, row) for example in of_part if (row := balanced(name, example, rule, tokenizer))]
         random.Random(f"{name} {part}").shuffle(made)
         # a row of every topic comes before the second row of any
         turns: Counter[str] = Counter()
@@ -172,7 +171,7 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 
 
 def balanced(name: str, example: Example, rule: Rule, tokenizer: Any) -> dict[str, Any] | None:
-    """A pair whose answers have the same number of tokens, as a row; None where no draw gives one."""
+    """A pair whose answers have the same number of tokens, as a row; None if no draw gives one."""
     draw = random.Random(f"{name} {example.prompt}")
     for _ in range(_DRAWS):
         answers = rule(example, draw)
@@ -191,11 +190,11 @@ def rule_of(name: str) -> Rule:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command line; return the exit code."""
     names = sorted(file.parent.name for file in HERE.glob("*/rule.py"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", help=f"of {names}; all of them if none is given")
-    parser.add_argument("--answers", action="store_true", help="ask the embedded model again")
+    parser.add_argument("tasks", nargs="*", help=f"any of {names}; all of them if none is given")
+    parser.add_argument("--answers", action="store_true", help="generate the answers of the embedded model again")
     options = parser.parse_args()
     if unknown := sorted({*options.tasks} - {*names}):
         parser.error(f"no task with a rule: {unknown}. Choose from {names}.")

@@ -125,7 +125,7 @@ def on_pairs(says: str, recipe: str, *words: str) -> Row:
 
 ASKED = "mixes two formats"
 FEW = "Ask for fewer|too few"
-NO_EFFECT = "changes nothing about"
+NO_EFFECT = "has no effect on"
 LEAST = "Input should be greater than or equal to"
 MOST = "Input should be less than or equal to 1000000"
 
@@ -171,13 +171,13 @@ ROWS: dict[str, Row] = {
         "no prompt, and 'Question'. If that is the prompt",
         lambda row: {"Question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]},
     ),
-    "roles of ShareGPT": every("message of the role 'human'.*one of system, developer, user", conversation("human")),
-    "answers of gpt": every("message of the role 'gpt'", conversation(answer="gpt")),
-    "a role in capitals": every("message of the role 'User'", conversation("User")),
+    "roles of ShareGPT": every("message with the role 'human'.*one of system, developer, user", conversation("human")),
+    "answers of gpt": every("message with the role 'gpt'", conversation(answer="gpt")),
+    "a role in capitals": every("message with the role 'User'", conversation("User")),
     "answers of the user": every(
-        "'chosen' ends with a message of the role 'user'.*assistant's", conversation(answer="user")
+        "'chosen' ends with a message with the role 'user'.*assistant's", conversation(answer="user")
     ),
-    "answers of a tool": every("ends with a message of the role 'tool'", conversation(answer="tool")),
+    "answers of a tool": every("ends with a message with the role 'tool'", conversation(answer="tool")),
     "content in parts": every(
         "a list of parts. The models here read text",
         lambda row: {
@@ -249,7 +249,7 @@ ROWS: dict[str, Row] = {
     # strengths that nothing has, before there is a vector
     "training at a strength of 1e308": arm(f"evaluation.strengths.0: {MOST}", evaluation={"strengths": [1e308]}),
     "training at a strength of -1e7": arm(LEAST, evaluation={"strengths": [-1e7]}),
-    "training at a strength twice": arm("1 stands there twice", evaluation={"strengths": [1.0, 1.0]}),
+    "training at a strength twice": arm("1 occurs twice", evaluation={"strengths": [1.0, 1.0]}),
     "a grid at a strength of 1e30": grid(MOST, budget={"strengths": [1e30]}),
     "a sweep at a strength of 1e300": on_pairs(MOST, "sweep", "--strengths", "1e300"),
     "a sweep at strength 0": on_pairs("0 is the base model", "sweep", "--strengths", "0"),
@@ -262,7 +262,7 @@ ROWS: dict[str, Row] = {
         "unexpected keyword argument 'nope'", lr_scheduler_kwargs={"nope": 1}
     ),
     "a schedule without its argument": trainer("", lr_scheduler_type="warmup_stable_decay"),
-    "an upload": arm("push_to_hub=True: recipes write to the output folder alone", trainer={"push_to_hub": True}),
+    "an upload": arm("push_to_hub=True: recipes write to the output folder only", trainer={"push_to_hub": True}),
     "a place for an upload": arm(
         "hub_model_id='me/mine': recipes upload nothing", trainer={"hub_model_id": "me/mine"}
     ),
@@ -279,14 +279,14 @@ ROWS: dict[str, Row] = {
         "Unknown option .*Available: none", loss={"name": "cross_entropy", "beta": 1}
     ),
     # options of commands
-    "100000 threads": (lambda lab: check_threads(100_000), "threads=100000, and this machine has"),
+    "100000 threads": (lambda lab: check_threads(100_000), "threads=100000, but this machine has"),
     "a part of an example twice": (
         lambda lab: columns_of(["prompt=a", "prompt=b"]),
         "names prompt twice: 'a' and 'b'",
     ),
     "a part of an example of nothing": (lambda lab: columns_of(["promt=a"]), "Did you mean 'prompt'"),
-    "an output below a file": (lambda lab: check_place(lab.file("file", "x") / "o"), "nothing can be written to"),
-    "an output among the processes": (lambda lab: check_place(Path("/proc/o")), "nothing can be written to|cannot"),
+    "an output below a file": (lambda lab: check_place(lab.file("file", "x") / "o"), "cannot write to"),
+    "an output among the processes": (lambda lab: check_place(Path("/proc/o")), "cannot write to|cannot"),
     "a device of nothing": (lambda lab: device_of("tpu9"), "--device 'tpu9' cannot be used"),
     "a device without numbers": (lambda lab: device_of("meta"), "it holds no weights"),
     "a device of a negative number": (lambda lab: device_of("cuda:-3"), "cannot be used"),
@@ -294,9 +294,9 @@ ROWS: dict[str, Row] = {
     "a sweep of layer 99": on_pairs("layer 99 does not exist, the model has 4", "sweep", "--layers", "99"),
     "a sweep of a layer of nothing": on_pairs("--layers 'nan'", "sweep", "--layers", "nan"),
     "a sweep with a scorer that scores nothing": on_pairs(
-        "--generations 1 or more", "sweep", "--scorer", "classifier", "--generations", "0"
+        "--generations must be 1 or more", "sweep", "--scorer", "classifier", "--generations", "0"
     ),
-    "a map of a KL of 0": on_pairs("--kl 0.0: a KL in nats", "map", "--kl", "0"),
+    "a map of a KL of 0": on_pairs("--kl 0.0 must be above 0", "map", "--kl", "0"),
     "a map of a KL of nothing": on_pairs("--kl nan", "map", "--kl", "nan"),
     "a map of one layer": on_pairs("a map needs 3 different layers", "map", "--layers", "1"),
     "a map of a million sets of layers": on_pairs("no 1000000 different sets", "map", "--combinations", "1000000"),
@@ -314,8 +314,8 @@ ROWS: dict[str, Row] = {
         lambda lab: check_options_of_pairs(["mmlu"], None, False, ["prompt=a"]),
         "--columns names the columns of pairs",
     ),
-    "info about rows without rows": command("--rows is about the rows of --data", "info", "x", "--rows", "4"),
-    "info about a loss without rows": command("--loss is about the rows", "info", "x", "--loss", "dpo"),
+    "info about rows without rows": command("--rows is only used with --data", "info", "x", "--rows", "4"),
+    "info about a loss without rows": command("--loss is only used with --data", "info", "x", "--loss", "dpo"),
     # secrets of other services
     "a token of GitHub, the newer form": secret("github_pat_" + "1a2B_" * 8),
     "a token of GitLab": secret("glpat-" + "a1B2-" * 5),

@@ -117,7 +117,7 @@ ROWS: dict[str, Row] = {
         "--output.folder=o",
     ),
     "train on too few rows": said(
-        "32 rows asked.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
+        "32 rows requested.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
     ),
     "train of a model that is not there": few(
         "model.name='./nowhere' cannot be loaded.*safetensors", "--model.name=./nowhere"
@@ -132,7 +132,7 @@ ROWS: dict[str, Row] = {
     ),
     "distill of nothing": said(NO_ARM, "distill", "nothing"),
     "distill of an arm without a prompt": said(
-        "learns no prompt: choose context_distillation", "distill", "vector_dpo"
+        "does not learn from a prompt. Use context_distillation", "distill", "vector_dpo"
     ),
     # grids
     "ablate of nothing": said(NO_GRID, "ablate", "nothing"),
@@ -191,7 +191,7 @@ ROWS: dict[str, Row] = {
         "'pfet' must be one of .*Did you mean 'peft'", "export", "nowhere", "--to", "pfet", "--output", "o"
     ),
     "export at strength 0": said(
-        "--strength 0: a finite number that is not 0",
+        "--strength 0 must be a finite number that is not 0",
         "export",
         "x",
         "--to",

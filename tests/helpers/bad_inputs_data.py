@@ -123,7 +123,7 @@ def view(says: str, name: str, data: list[dict[str, Any]], **options: Any) -> Ro
     return (lambda lab: get_view(name, **options)(data)), says
 
 
-UTF8 = "Rows in UTF-8, all with the same columns"
+UTF8 = "rows in UTF-8, all with the same columns"
 TEXT = "must be a string or a list of messages"
 DAMAGED = "is damaged .*Delete it"
 
@@ -144,7 +144,7 @@ ROWS: dict[str, Row] = {
     "csv of a header": file("names columns, and no rows", "x.csv", HEAD),
     "csv with an open quotation": file(UTF8, "x.csv", HEAD + b'"the,cat,dog\n'),
     "csv in Latin-1": file(UTF8, "x.csv", HEAD + b"caf\xe9,cat,dog\n"),
-    "csv with longer rows": file("rows have 2 fields more than its first line", "x.csv", HEAD + b"a,b,c,d,e\n"),
+    "csv with longer rows": file("rows have 2 more fields than its first line", "x.csv", HEAD + b"a,b,c,d,e\n"),
     "csv with one longer row": file("Expected 3 fields", "x.csv", HEAD + b"a,b,c\na,b,c,d\n"),
     "csv with a column twice": file("column 'prompt' twice. Rename one", "x.csv", b"prompt,prompt,chosen\na,b,c\n"),
     "csv with good and bad": named("question,good,bad", 'prompt = "question", chosen = "good", rejected = "bad"'),
@@ -157,7 +157,7 @@ ROWS: dict[str, Row] = {
     "csv with an instruction and an output": named("instruction,output", "prompt=instruction completion=output"),
     "csv with a prompt alone": named("prompt", "prompt=prompt chosen=... rejected=..."),
     "csv with columns of no meaning": named("id,a,b,c", "prompt=... chosen=... rejected=..."),
-    "csv with columns without names": file("fields more than its first line", "x.csv", b"prompt,,\na,b,c\n"),
+    "csv with columns without names": file("more fields than its first line", "x.csv", b"prompt,,\na,b,c\n"),
     "parquet of nothing": file("is empty", "x.parquet", b""),
     "parquet of noise": file("cannot be read as parquet", "x.parquet", b"PAR1" + bytes(99) + b"PAR1"),
     "parquet that is json": file("cannot be read as parquet", "x.parquet", LINES),
@@ -181,18 +181,18 @@ ROWS: dict[str, Row] = {
     # tables of data
     "more training rows than there are": (
         lambda lab: two_splits(DataTable(name=str(lab.root / "task"), train=99, test=2)),
-        "99 rows asked.*Ask for fewer",
+        "99 rows requested.*Ask for fewer",
     ),
     "more test rows than there are": (
         lambda lab: two_splits(DataTable(name=str(lab.root / "task"), train=2, test=99)),
-        "99 rows asked.*Ask for fewer",
+        "99 rows requested.*Ask for fewer",
     ),
     "shuffled pairs of one": ((lambda lab: shuffled_pairs(tiny_data.pairs(1))), "needs at least 2 examples"),
     "shuffled pairs without prompts": (
         lambda lab: shuffled_pairs(tiny_data.pairs(3).remove_columns("prompt")),
-        "needs columns prompt and rejected",
+        "needs the columns prompt and rejected",
     ),
-    "splits with too large a pool": splits("99 training examples asked, 18 are left", largest=99),
+    "splits with too large a pool": splits("99 training examples requested, 18 are left", largest=99),
     "splits with too many validation rows": splits("splits.validation=99, but only 24", validation=99),
     "splits with too many test rows": splits("splits.test=99, but only 6", test=99),
     "splits with an unknown column": splits("cannot be filled in .*'toxic'", columns={"prompt": "{toxic}"}),
@@ -243,7 +243,7 @@ ROWS: dict[str, Row] = {
     "kept rows cut off behind a line": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[:-1])),
     "kept rows with a line left out": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[1:])),
     "kept rows of nothing": kept("its end is missing", lambda text: b""),
-    "kept rows with a changed letter": kept("its checksum is another", lambda text: text.replace(b"cat", b"cot", 1)),
+    "kept rows with a changed letter": kept("checksum does not match", lambda text: text.replace(b"cat", b"cot", 1)),
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
     "a view of rows without prompts": view("Give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),

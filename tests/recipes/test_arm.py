@@ -159,7 +159,7 @@ def test_former_names_work_with_a_warning(tmp_path: Path) -> None:
 def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text((ARMS / "vector_distillation.toml").read_text().replace('"context_distillation"', '"dpo"'))
-    message = r"Arm 'mine' has \[views\] \['good'\], but its loss uses none of them: it asks for \[\]"
+    message = r"Arm 'mine' has \[views\] \['good'\], but its loss uses none of them \(it uses \[\]\)"
     with pytest.raises(ArmError, match=message):
         load_arm(str(file))
     arm = load_arm("vector_neutral_dpo", ["--loss={name='cross_entropy'}", "--trainer.max_steps=1"])
@@ -236,7 +236,7 @@ def test_unknown_arm_and_broken_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.train", "100000"], "100000 rows asked"),
+        (["--data.train", "100000"], "100000 rows requested"),
         (["--data.name", "./nowhere"], "no such file"),
         (["--data.test_split", "tset"], "expected, found"),
     ],

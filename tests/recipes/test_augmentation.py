@@ -127,8 +127,8 @@ def test_a_function_of_the_user_s(monkeypatch):
     [
         (copies, "made 0 of 2 versions of 'Should we record an album\\?'.*copies"),
         (nothing, "that fail its checks"),
-        (breaks, "keys \\['chosen', 'prompt', 'rejected'\\] is expected"),
-        (retypes, "'prompt' is a list in a new version, and was a str"),
+        (breaks, "not a row with keys \\['chosen', 'prompt', 'rejected'\\]"),
+        (retypes, "'prompt' is a list in a new version, but was a str"),
     ],
 )
 def test_augmenters_that_return_nothing_new_are_refused(function, said):
@@ -194,7 +194,7 @@ def test_rewrites_ask_the_model_and_count_what_fails():
         ({"name": "template"}, "Did you mean 'templates'"),
         ({"name": "templates", "times": 0}, "times=0"),
         ({"name": "templates", "times": True}, "times=True"),
-        ({"name": "templates", "templates": ["no place"]}, "stands for the prompt"),
+        ({"name": "templates", "templates": ["no place"]}, "where the prompt goes"),
         ({"name": "perturbations", "rate": 0.5}, "rate=0.5"),
         ({"name": "perturbations", "rat": 0.1}, "Did you mean 'rate'"),
         ({"name": "rewrites", "parts": ["answer"]}, "one or more of"),
@@ -224,7 +224,7 @@ def test_the_budget_stays_only_with_a_number_of_steps(times, steps, fits):
 
 
 def test_data_without_prompts_are_refused():
-    with pytest.raises(AugmentationError, match="made of prompts"):
+    with pytest.raises(AugmentationError, match="made from prompts"):
         grown(rows().remove_columns("prompt"), Templates(), 2)
 
 

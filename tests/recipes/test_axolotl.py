@@ -97,7 +97,7 @@ def test_the_keys_of_the_yaml_are_a_class_that_axolotl_can_import(module):
         ({"layer": 2}, "Did you mean 'layers'"),
         ({"inference_mode": True}, "Unknown key 'inference_mode'"),
         ({"form": "biass"}, "Did you mean 'bias'"),
-        ({"init": "mean_difference"}, "no place for"),
+        ({"init": "mean_difference"}, "no hook for"),
     ],
 )
 def test_bad_tables_are_refused(module, table, message):

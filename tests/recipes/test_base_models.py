@@ -166,7 +166,7 @@ def test_sweep(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_distillation_names_rows_without_a_prompt(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill.main(["vector_distillation", *arm_words(home, "refused")]) == 2
     error = capsys.readouterr().err
-    assert "distillation answers prompts, and some rows have an empty one" in error and "data.columns.prompt" in error
+    assert "distillation answers prompts, but some rows have an empty one" in error and "data.columns.prompt" in error
     assert not (home / "refused").exists()
 
 

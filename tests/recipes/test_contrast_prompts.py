@@ -193,18 +193,18 @@ def test_questions_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unseen": ["one"]}, "are data of seen and of unseen tasks"),
+        ({"unseen": ["one"]}, "are data of both seen and unseen tasks"),
         ({"unseen": [TaskTable(name="two", label="one")]}, "Two tasks are called 'one'"),
-        ({"demonstrations": 5}, "pairs=4 of an unseen task, and 5 demonstrations"),
-        ({"demonstrations": 4}, "examples=4 of a seen task, and 4 demonstrations"),
+        ({"demonstrations": 5}, "pairs=4 of an unseen task.*the 5 demonstrations"),
+        ({"demonstrations": 4}, "examples=4 of a seen task.*the 4 demonstrations"),
         ({"unseen": ["two", TaskTable(name="two", reverse=True)]}, "would train on the same rows of '.*give one"),
-        ({"arm": "full_dpo"}, "choose an adapter"),
+        ({"arm": "full_dpo"}, "Choose an arm with an adapter"),
         ({"arm": "prompt_contrast"}, "is a prompt"),
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
         ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
         ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
         ({"steering": ["vector_dop"]}, "Did you mean 'vector_dpo'"),
-        ({"examples": 40}, "40 training examples asked"),
+        ({"examples": 40}, "40 training examples requested"),
         ({"loss": {"name": "dop"}}, "dop"),
     ],
 )
@@ -215,7 +215,7 @@ def test_bad_tables(mixture, changes, message):
 
 def test_arms_do_not_choose_their_pairs(mixture, tmp_path):
     (tmp_path / "mine.toml").write_text('[data]\nname = "one"\npairing = "shuffled"')
-    with pytest.raises(ArmError, match="data.pairing='shuffled', and all arms here get the same pairs"):
+    with pytest.raises(ArmError, match="data.pairing must be 'own' .got 'shuffled'"):
         make(mixture, steering=[str(tmp_path / "mine.toml")])
 
 

@@ -35,9 +35,9 @@ def test_a_behaviour_at_the_end_needs_room():
     found = too_short(AT_THE_END, rule(END), tiny_data.tokenizer(), 5)
     assert found is not None and found.value == 0.0
     assert found.text == (
-        "new_tokens=5 cuts off 100% of the chosen answers. Cut so, chosen answers score 0.00 more than rejected ones, "
-        "and 1.00 more when whole, so 100% of this behaviour cannot be seen. Set new_tokens = 6, which leaves 95% of "
-        "them whole."
+        "new_tokens=5 cuts off 100% of the chosen answers. Cut there, chosen answers score 0.00 more than rejected "
+        "ones, and 1.00 more when whole, so 100% of this behaviour cannot be seen. Set new_tokens = 6, which leaves "
+        "95% of them whole."
     )
     assert too_short(AT_THE_END, rule(END), tiny_data.tokenizer(), 6) is None
 
@@ -138,7 +138,8 @@ def test_a_report_of_older_cells_says_that_it_does_not_know():
 # -- what the commands say --------------------------------------------------------------------------------------------
 
 SAYS = (
-    "=3 cuts off 100% of the chosen answers. Cut so, chosen answers score 0.00 more than rejected ones, and 1.00 more"
+    "=3 cuts off 100% of the chosen answers. Cut there, chosen answers score 0.00 more than rejected ones, and 1.00 "
+    "more"
 )
 """Chosen answers of `cats_and_dogs` are three words and `cat`."""
 

@@ -130,10 +130,10 @@ def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(word
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--loss.name=dpo", "--views={}"], "learns no prompt"),
+        (["--loss.name=dpo", "--views={}"], "does not learn from a prompt"),
         (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
-        (["--trainer.max_steps=0"], "distillation trains an adapter"),
-        (["--adapter={type='none'}"], "distillation trains an adapter"),
+        (["--trainer.max_steps=0"], "Distillation trains an adapter"),
+        (["--adapter={type='none'}"], "Distillation trains an adapter"),
         (["--augmentation={name='templates'}"], r"has a table \[augmentation\]: distill makes no further examples"),
     ],
 )

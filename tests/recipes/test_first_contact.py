@@ -151,7 +151,7 @@ def test_chat_continues_a_line_with_and_without_the_vector(home: Path, monkeypat
     )
     assert chat.main([str(home / "run" / "adapter"), "--new-tokens", "12"]) == 0
     printed = capsys.readouterr().out
-    assert "The tokenizer has no chat template: every line is continued by itself" in printed
+    assert "The tokenizer has no chat template: every line is a separate prompt" in printed
     lines = [line.partition("> ")[2] for line in printed.splitlines() if "> " in line]
     assert len(lines) == 4 and all(lines)
     assert lines[0] != lines[1] and lines[2] == lines[3], "strength 0 is the base model"

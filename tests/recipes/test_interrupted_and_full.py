@@ -50,7 +50,7 @@ def full(*_: object, **__: object) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "Is the disk full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "Is the disk full"),
         (type("SafetensorError", (Exception,), {})("I/O error: No space left on device (os error 28)"), "disk full"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "Take fewer rows"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "Use fewer rows"),
         (NonFiniteError("logits are NaN"), "NonFiniteError: logits are NaN"),
         (OSError(f"401 for https://me:{TOKEN}@host"), "https://<secret>@host"),
     ],

@@ -208,7 +208,7 @@ def test_monitor_and_watch(home, capsys):
         (["{bad}", "--innocent", "{innocent}", "--false-positives", "0.001"], "cannot resolve .* 1 in 1000: 999"),
         (["{bad}", "--innocent", "{innocent}", "--test", "{labelled}"], "labelled.jsonl:1 .a row to test"),
         (["{bad}", "--innocent", "{innocent}", "--layers", "9"], "layer 9 does not exist"),
-        (["{bad}", "--innocent", "{innocent}", "--layers", "-1"], "a layer is an index from 0 on"),
+        (["{bad}", "--innocent", "{innocent}", "--layers", "-1"], "give indices from 0"),
         (["{bad}", "--innocent", "{innocent}", "--methods", "svm"], "method='svm' is not one of"),
         (["{bad}", "--innocent", "{innocent}", "--poolings", "maxx"], "Did you mean 'max'"),
         (["{bad}", "--innocent", "./nothing.jsonl"], "no such file"),

@@ -195,7 +195,7 @@ def test_what_a_case_refuses(home, tmp_path):
         with pytest.raises(ValueError, match=says):
             read_case(file, **{**options, **changes})
 
-    refused("has 17 transcripts, and a patch is made of 1 to 16", catches(17, 5))
+    refused("has 17 transcripts, but a patch is made from 1 to 16", catches(17, 5))
     refused("There is no innocent traffic", catches(), innocent=None)
     refused(r"rows.jsonl:2 is the same as .*rows.jsonl:1", [catches()[0], catches()[0]])
     refused(

@@ -72,7 +72,7 @@ def test_what_a_command_line_asks_for(words, count, monkeypatch):
 def test_fewer_processes_than_asked_for_are_refused(monkeypatch, capsys):
     before = torch.get_num_threads()
     monkeypatch.setattr(processes, "launcher", lambda: ({}, ["--num_processes", "2", "--cpu", "x.py"]))
-    with pytest.raises(ArmError, match="2 processes were asked for, 1 run.*cpu_ddp"):
+    with pytest.raises(ArmError, match="2 processes were requested, but 1 run.*cpu_ddp"):
         processes.begin()
     processes.begin(threads=before, running=2)  # side by side
     with pytest.raises(ArmError, match="work for one"):
@@ -97,7 +97,7 @@ def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_silent_single_process_is_caught(tmp_path):
     ran = launch(tmp_path, "--num_processes", "2", "--cpu")
-    assert ran.returncode != 0 and "2 processes were asked for, 1 run" in ran.stderr
+    assert ran.returncode != 0 and "2 processes were requested, but 1 run" in ran.stderr
 
 
 @pytest.mark.slow

@@ -292,7 +292,7 @@ def test_lines_come_as_they_are_written(server):
         (["careful"], "NAME=FOLDER"),
         (["a+b=x"], "without '@', '+' and '.'"),
         ([], "none names the base model"),
-        (["--port", "0", "--input", __file__], "serves HTTP, without --input"),
+        (["--port", "0", "--input", __file__], "cannot be combined with --input"),
         (["--port", "0", "--vectors-in", "nowhere"], "the folder does not exist"),
         (["--port", "70000"], "less than or equal to 65535"),
         (["--port", "0", "--host", "256.0.0.1", "--model", "embedded"], "is not available"),
@@ -375,7 +375,7 @@ def test_lines_have_scores(home, monitor, tmp_path, capsys):
         (["--monitor", folder, "--steer", "warmm@1"], "must be NAME@STRENGTH with one of the vectors"),
         (["--monitor", folder, "--steer", "careful@much"], "a finite number"),
         (["--monitor", folder, "--steer", "careful@1", "--resample", "2"], "Give --resample or --steer"),
-        (["--resample", "2"], "Give one: --monitor FOLDER"),
+        (["--resample", "2"], "Give --monitor FOLDER"),
         (["--monitor", str(home / "base")], "is not a monitor"),
     ):
         assert cli.main([*words, *more]) == 2

@@ -136,7 +136,7 @@ def test_a_gate_that_answers_again(served):
 
 REFUSED = {
     "an unknown monitor": (dict(monitors=["od"]), "Did you mean 'odd'"),
-    "a gate of an unknown monitor": (dict(gate={"monitor": "x", "action": "stop"}), "is none of"),
+    "a gate of an unknown monitor": (dict(gate={"monitor": "x", "action": "stop"}), "must be one of"),
     "no action": (dict(gate={"monitor": "odd"}), "action"),
     "no vector to switch on": (dict(gate={"monitor": "odd", "action": "steer"}), "need one or more"),
     "a vector that does nothing": (
@@ -183,8 +183,8 @@ def test_effects_are_those_of_two_forward_passes(served):
     stronger = [post(served, {"model": f"base+careful@{s}"}, "effects")["kl"] for s in (1, 3)]
     assert 0 < stronger[0] < stronger[1]
     for body, says in (
-        ({"prompt": "the cat"}, "give messages or prompt, and answer"),
-        ({"prompt": "the", "messages": [{"role": "user", "content": "a"}], "answer": "a"}, "give messages or prompt"),
+        ({"prompt": "the cat"}, "Give messages or prompt, and answer"),
+        ({"prompt": "the", "messages": [{"role": "user", "content": "a"}], "answer": "a"}, "Give messages or prompt"),
         ({"model": "base+x"}, "is none of"),
         ({"prompt": "the cat", "answer": "a " * 500}, "the model reads 128"),
     ):
@@ -227,7 +227,7 @@ def test_monitors_are_listed_and_the_command_refuses_bad_ones(served, home, tmp_
     words = ["serve", f"careful={home / 'careful'}"]
     for more, says in (
         (["--port", "0", "--monitor", str(home / "base")], "is not a monitor"),
-        (["--port", "0", "--monitor", folder, "--resample", "2"], "brings its own gate"),
+        (["--port", "0", "--monitor", folder, "--resample", "2"], "has its own gate"),
         (["--port", "0", "--monitor", folder, folder], "is given twice"),
         (["--monitor", folder, f"other={folder}"], "names 2 monitors"),
     ):

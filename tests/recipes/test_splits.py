@@ -90,7 +90,7 @@ def test_shuffled_pairs_give_every_prompt_the_rejected_answer_of_another(seed, c
 
 
 def test_pairs_that_cannot_be_shuffled_are_refused():
-    with pytest.raises(ArmError, match="at least 2 examples, there are 1"):
+    with pytest.raises(ArmError, match="at least 2 examples .got 1."):
         drawn().train(1, 0, "shuffled")
     bare = Dataset.from_list([{"chosen": f"a {i}", "rejected": f"b {i}"} for i in range(4)])
     with pytest.raises(ArmError, match=r"columns prompt and rejected.*\['chosen', 'rejected'\]"):
@@ -194,7 +194,7 @@ def test_dropping_near_duplicates_drops_training_rows_only(first, second, near, 
     assert found["pool"] == ["a4", "a5", "a7", "a8", "a9", "a10", "a11"]
     assert [len(found[part]) for part in ("validation", "scorer", "test")] == [3, 4, 3]
     assert any(LONG in prompt for prompt in found[second])
-    with pytest.raises(ArmError, match="8 training examples asked, 7 are left"):
+    with pytest.raises(ArmError, match="8 training examples requested, 7 are left"):
         split(name, largest=8, drop_near_duplicates=True)
 
 
@@ -236,7 +236,7 @@ def test_an_answer_that_two_prompts_share_leaks(tmp_path):
         (1, {"validation": 13}, ["splits.validation=13", "only 12 rows"]),
         (1, {"scorer": 10}, ["splits.scorer=10", "only 9 rows"]),  # three are for validation
         (1, {"test": 4}, ["splits.test=4", "only 3 rows"]),
-        (6, {}, ["6 training examples asked", "5 are left", "4 rows for the scorer and 3 for validation"]),
+        (6, {}, ["6 training examples requested", "5 are left", "4 rows for the scorer and 3 for validation"]),
     ],
     ids=["validation", "scorer", "test", "train"],
 )
@@ -261,7 +261,7 @@ DEMONSTRATIONS = [{"prompt": f"q{i}", "completion": f"answer{i}"} for i in range
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_rows_that_are_no_pairs_are_refused(part, tmp_path):
     files = {"train": rows("a", 12), "test": rows("t", 3), part: DEMONSTRATIONS}
-    with pytest.raises(ArmError, match=rf"preferences, its {part} rows have \['prompt', 'completion'\]"):
+    with pytest.raises(ArmError, match=rf"preferences, but the {part} rows have \['prompt', 'completion'\]"):
         split(task(tmp_path / "t", **files))
 
 

@@ -289,7 +289,7 @@ def test_arms_are_changed_on_the_command_line_and_a_run_says_how_it_was_trained(
     (tmp_path / "config.json").write_text(arm.model_dump_json())
     for folder in (tmp_path, tmp_path / "adapter"):
         assert settings.read_arm(str(folder), []).loss == {"name": "dpo", "beta": 0.2}
-    with pytest.raises(ArmError, match="taken as it was trained"):
+    with pytest.raises(ArmError, match="used as it was trained"):
         settings.read_arm(str(tmp_path), ["--loss.beta", "0.1"])
     assert settings.at(arm, "mlp", 2).adapter == {"type": "steering_vector", "layers": 2, "site": "mlp"}
     lora = settings.read_arm("lora_dpo", [])
@@ -329,11 +329,11 @@ def test_sites_and_a_scorer(home, tmp_path):
         (["--sites", "head"], "sites"),
         (["--arm", "full_dpo"], "has no strength to sweep"),
         (["--arm", "no_such_arm"], "No arm"),
-        (["--arm", "lora_dpo", "--sites", "mlp"], "a LoRA sits in the matrices"),
-        (["--loss.beta", "1"], "changes an --arm"),
+        (["--arm", "lora_dpo", "--sites", "mlp"], "a LoRA changes the matrices"),
+        (["--loss.beta", "1"], "only allowed with --arm"),
         (["--scorer", "rulle"], "scorer.kind='rulle'"),
         (["--scorer", "{kind = "], "is not a TOML table"),
-        (["--scorer", '{kind = "rule", pattern = "x"}', "--generations", "0"], "--generations 1 or more"),
+        (["--scorer", '{kind = "rule", pattern = "x"}', "--generations", "0"], "--generations must be 1 or more"),
         (["--train", "99"], "Ask for fewer"),
         (["--max-kl", "0"], "kl"),
     ],

@@ -152,7 +152,7 @@ def test_one_teacher_of_both_answers_sees_an_instruction_before_each():
         ({"teachers": {"good": {"chose": ""}, "bad": {"rejected": ""}}}, "Did you mean 'chosen'"),
         (
             {"teachers": {**TABLES["teachers"], "third": {"chosen": ""}}},
-            r"No view shows the teacher of \[teachers.third\]",
+            r"No view uses the teacher of \[teachers.third\]",
         ),
         ({"views": {"good": {**TEACHER, "instructions": "x"}, "bad": TEACHER}}, "Did you mean 'instruction'"),
         ({"teachers": {"good": {"chosen": "", "adapter": {"type": "lroa"}}, "bad": {"rejected": ""}}}, "'lroa' is no"),
@@ -169,5 +169,5 @@ def test_bad_tables(change, message):
 
 def test_teachers_need_pairs(tmp_path):
     rows = pairs(4).remove_columns("rejected").rename_column("chosen", "completion")
-    with pytest.raises(ArmError, match="learn from pairs with a prompt"):
+    with pytest.raises(ArmError, match="are trained on pairs with a prompt"):
         make_trainer(training_of(make_arm(TABLES), tiny(), tokenizer(), rows, tmp_path))

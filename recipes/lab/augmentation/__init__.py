@@ -1,11 +1,11 @@
-"""Data augmentation: more training examples, made of the few there are. Each file is one way, named by the file.
+"""Data augmentation: more training examples, made from few. Each file is one method, named by the file.
 
     [augmentation]
     name = "rewrites"       # a file of this folder; its options follow
     times = 4               # how many times as many examples, the originals included
 
 The claim to test is that plain finetuning on enough versions of few examples learns what a steering vector learns. So
-the number of steps does not change: with more examples, each is read less often. Copies are left out, and so are
+the number of steps does not change: with more examples, each is used less often. Copies are left out, and so are
 versions that are close to a row of the evaluation.
 """
 

@@ -1,4 +1,4 @@
-"""What an augmenter is, and how it is found by its name."""
+"""The base class of augmenters, and how to get one by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class AugmentationError(ArmError):
-    """No further versions of examples can be made; the message names the examples, and what would help."""
+    """No further versions of examples can be made; the message names the examples and a fix."""
 
 
 class Augmenter(ABC):
@@ -47,12 +47,12 @@ def get_augmenter(augmenter: str | Augmenter, **options: Any) -> Augmenter:
 
 
 def drawn(seed: int, *what: Any) -> random.Random:
-    """Random numbers of their own for everything that is named."""
+    """An independent random generator for every combination of arguments."""
     return random.Random("/".join(map(str, (seed, *what))))
 
 
 def saying(value: Any, text: str) -> Any:
-    """A prompt or an answer with another text; the white space at the ends of a text is kept, since tokens depend on
+    """A prompt or an answer with its text replaced; a text keeps the white space at its ends, since tokens depend on
     it."""
     if isinstance(value, str):
         start, end = len(value) - len(value.lstrip()), len(value.rstrip())

@@ -33,10 +33,10 @@ class Grown:
 
 
 def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
-    """Augmenter and `times` of a `[augmentation]` table; None for an empty one.
+    """Augmenter and `times` of an `[augmentation]` table; None if it is empty.
 
     Raises:
-        AugmentationError: an unknown name or option, or `times` that is not a whole number of 1 or more.
+        AugmentationError: an unknown name or option, or `times` is not a whole number of 1 or more.
     """
     if not table:
         return None
@@ -45,7 +45,7 @@ def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
     if name is None:
         raise AugmentationError("[augmentation] has no name. Set it to an augmenter.")
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-        raise AugmentationError(f"augmentation.times={times!r}: a whole number, 1 (nothing new) or more.")
+        raise AugmentationError(f"augmentation.times={times!r} must be a whole number, 1 (nothing new) or more.")
     try:
         return get_augmenter(str(name), **options), times
     except (ValueError, TypeError) as error:
@@ -63,23 +63,23 @@ def grown(
     apart: Sequence[Dataset] = (),
     near: float = NEAR,
 ) -> Grown:
-    """A training set `times` as large.
+    """Enlarge a training set `times` times.
 
     Args:
         rows: The examples, with a column `prompt`.
         augmenter: Makes the versions.
-        times: How many times as many; the examples themselves are the first time.
+        times: How many times as many examples to make, counting the originals.
         seed: Seed of the augmenter.
         model: The base model, for augmenters that use it.
         tokenizer: Its tokenizer.
-        apart: Rows that are measured on: versions whose text or prompt comes near one of theirs are left out.
-        near: From which similarity on (see `near_duplicates`).
+        apart: Rows that are measured on: versions whose text or prompt is similar to one of theirs are left out.
+        near: Similarity from which on a version is left out (see `near_duplicates`).
 
     Raises:
-        AugmentationError: no prompts, or fewer versions than asked for.
+        AugmentationError: there are no prompts, or fewer versions than requested.
     """
     if "prompt" not in rows.column_names:
-        raise AugmentationError(f"Versions are made of prompts, and the data have only {rows.column_names}.")
+        raise AugmentationError(f"Versions are made from prompts, but the data have only {rows.column_names}.")
     examples: list[Row] = [dict(row) for row in rows.to_list()]
     measured_on = [dict(row) for part in apart for row in part.to_list()]
     identities = [{_identity(row)} for row in examples]
@@ -118,24 +118,24 @@ def _reason(version: Row | None, near: bool, identities: set[str]) -> str | None
 
 
 def _identity(row: Row) -> str:
-    """Versions that differ in white space and case only are the same."""
+    """A row as a text that is the same for versions that differ only in white space and case."""
     return json.dumps(row, sort_keys=True).casefold().replace("\\n", " ").replace(" ", "")
 
 
 def _near_rows(
     versions: Sequence[Row | None], examples: Sequence[Row], measured_on: Sequence[Row], near: float
 ) -> set[int]:
-    """Versions whose prompt, or prompt and answer, comes near a row that is measured on; where prompts are the same in
-    all data, as a task's one question is, only with the answer."""
+    """Versions whose prompt, or prompt and answer, is similar to a row that is measured on; if the example's prompt is
+    already similar, as with a task's one question, only prompt and answer count."""
     prompts = [_prompt(row) for row in measured_on]
     texts = [text for row in measured_on for text in answered_texts(row)]
     alike = {i for i, _ in near_duplicates([_prompt(row) for row in examples], prompts, near)}
-    kept = [(i, version) for i, version in enumerate(versions) if version is not None]
-    apart = [(i, _prompt(version)) for i, version in kept if i not in alike]
-    whole = [(i, text) for i, version in kept for text in answered_texts(version)]
-    asked = near_duplicates([text for _, text in apart], prompts, near)
-    answered = near_duplicates([text for _, text in whole], texts, near)
-    return {*(apart[k][0] for k, _ in asked), *(whole[k][0] for k, _ in answered)}
+    existing = [(i, version) for i, version in enumerate(versions) if version is not None]
+    apart = [(i, _prompt(version)) for i, version in existing if i not in alike]
+    whole = [(i, text) for i, version in existing for text in answered_texts(version)]
+    near_prompts = near_duplicates([text for _, text in apart], prompts, near)
+    near_answers = near_duplicates([text for _, text in whole], texts, near)
+    return {*(apart[k][0] for k, _ in near_prompts), *(whole[k][0] for k, _ in near_answers)}
 
 
 def _prompt(row: Row) -> str:
@@ -143,19 +143,21 @@ def _prompt(row: Row) -> str:
 
 
 def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:
-    """Check what an augmenter, possibly a user's, returned."""
+    """Check the return value of an augmenter, which may be the user's."""
     name = type(augmenter).__name__
     if len(versions) != len(rows):
-        raise AugmentationError(f"{name} returned {len(versions)} versions of {len(rows)} rows: one each, or None.")
+        raise AugmentationError(
+            f"{name} returned {len(versions)} versions of {len(rows)} rows. Return one version, or None, for each row."
+        )
     for row, version in zip(rows, versions, strict=True):
         if version is None:
             continue
         if not isinstance(version, dict) or set(version) != set(row):
-            raise AugmentationError(f"{name} returned {version!r:.200}: a row with keys {sorted(row)} is expected.")
+            raise AugmentationError(f"{name} returned {version!r:.200}, not a row with keys {sorted(row)}.")
         for key, value in row.items():
             if type(version[key]) is not type(value):
                 kinds = type(version[key]).__name__, type(value).__name__
-                raise AugmentationError(f"{name}: {key!r} is a {kinds[0]} in a new version, and was a {kinds[1]}.")
+                raise AugmentationError(f"{name}: {key!r} is a {kinds[0]} in a new version, but was a {kinds[1]}.")
 
 
 def _check_enough(

@@ -1,4 +1,4 @@
-"""A function of the user's own."""
+"""A function of the user."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ._base import Augmenter, Row, drawn
 
 @dataclass(frozen=True)
 class Function(Augmenter):
-    """`function(row, random) -> row` for every row and turn; it may return None.
+    """`function(row, random) -> row` for every row and turn; it can return None.
 
     Args:
-        function: It, or where it is found: `module:name`. `random` is a `random.Random` of the row's and turn's own.
+        function: The function, or its import path `module:name`. `random` is a separate `random.Random` for each row
+            and turn.
 
     Raises:
-        ValueError: no such function.
+        ValueError: there is no such function.
     """
 
     function: str | Callable[..., Row | None]
@@ -41,6 +42,6 @@ class Function(Augmenter):
             raise ValueError(f"function={self.function!r}: {error}") from error
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """What the function makes of each row, of a copy that it may change."""
+        """The function's version of each row; it gets a copy that it can change."""
         function = self.callable()
         return [function(copy.deepcopy(row), drawn(seed, turn, i, row["prompt"])) for i, row in enumerate(rows)]

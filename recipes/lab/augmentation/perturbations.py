@@ -28,7 +28,7 @@ class Perturbations(Augmenter):
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not 0 < self.rate <= 0.2:
-            raise ValueError(f"rate={self.rate!r}: above 0, and at most 0.2, beyond which prompts cannot be read.")
+            raise ValueError(f"rate={self.rate!r} must be above 0 and at most 0.2, or prompts cannot be read.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
         """Each row with errors that differ in every turn."""

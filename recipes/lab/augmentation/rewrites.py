@@ -1,7 +1,7 @@
 """Paraphrases of prompts by the base model, sampled under several instructions.
 
-A paraphrase is kept if it passes fixed checks, because a small model often answers a question that it was asked to
-rewrite.
+A paraphrase is kept only if it passes fixed checks, because a small model often answers a question instead of
+rewriting it.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Rewrites(Augmenter):
 
     def __post_init__(self) -> None:
         if not self.instructions or not all(text.strip() for text in self.instructions):
-            raise ValueError("instructions: give one or more, and no empty one.")
+            raise ValueError("instructions must be one or more texts, none of them empty.")
         if not self.parts or set(self.parts) - set(_PARTS):
-            raise ValueError(f"parts={self.parts}: one or more of {_PARTS}.")
+            raise ValueError(f"parts={self.parts} must be one or more of {_PARTS}.")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: must be above 0, or every turn gives the same.")
+            raise ValueError(f"temperature={self.temperature} must be above 0, or every turn gives the same.")
         if not 0 <= self.overlap <= 1 or not 0 <= self.shortest < self.longest:
-            raise ValueError("overlap lies between 0 and 1, and 0 <= shortest < longest.")
+            raise ValueError("overlap must be between 0 and 1, and 0 <= shortest < longest must hold.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
         """A paraphrase of every row; None if one of its parts fails the checks."""

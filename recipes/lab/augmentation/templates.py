@@ -21,10 +21,10 @@ _TEMPLATES = (
 
 @dataclass(frozen=True)
 class Templates(Augmenter):
-    """Prompts in templates, each row in an order of its own.
+    """Prompts in templates, in a different order for each row.
 
     Args:
-        templates: With `{}` where the prompt goes.
+        templates: Texts with `{}` where the prompt goes.
 
     Raises:
         ValueError: a template without `{}`, or none at all.
@@ -34,13 +34,13 @@ class Templates(Augmenter):
 
     def __post_init__(self) -> None:
         if not self.templates:
-            raise ValueError("templates=(): one or more, with {} where the prompt goes.")
+            raise ValueError("templates=() must be one or more texts with {} where the prompt goes.")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ValueError(f"Template {template!r}: {{}} stands for the prompt, once.")
+                raise ValueError(f"Template {template!r} must contain {{}} once, where the prompt goes.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """Each row in its next template; None after the last one."""
+        """Each row with its next template; None after the last one."""
         return [self._version(row, turn, seed) for row in rows]
 
     def _version(self, row: Row, turn: int, seed: int) -> Row | None:

@@ -1,16 +1,15 @@
-"""What an arm may have beside adapter, loss and trainer. Each file of this folder is one ingredient, named like its
-table:
+"""The tables of an arm besides adapter, loss and trainer. Each file is one ingredient, named like its table:
 
     class LabelNoise(Ingredient):                    # ingredients/label_noise.py, [label_noise] in an arm
-        \"\"\"`[label_noise]`: some pairs are learned the wrong way round.\"\"\"
+        \"\"\"`[label_noise]`: some pairs are swapped.\"\"\"
 
         share: float = Field(default=0.0, ge=0, le=1)
 
         def apply(self, training: Training) -> None:
             training.rows = swapped(training.rows, self.share, training.seed)
 
-An ingredient checks its arm, changes a training before its trainer is made, and enters a cell's key with
-what differs from its defaults. A recipe that cannot honour it is named in `refused_by`, with the reason.
+An ingredient checks its arm, changes a training before its trainer is made, and adds its options that differ from the
+defaults to a cell's key. A recipe that does not support it is named in `refused_by`, with the reason.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class ArmLike(Protocol):
     ingredients: dict[str, Ingredient]
 
     def peft_config(self, adapter: Mapping[str, Any] | None = None) -> Any:
-        """The configuration of an adapter's table, by default the arm's own."""
+        """The PEFT configuration of an adapter table, by default the arm's."""
         ...
 
     def views_seen(self) -> tuple[str, ...]:
-        """Names of the views that the loss asks for."""
+        """Names of the views that the loss needs."""
         ...
 
 
@@ -53,16 +52,16 @@ class Training:
     """A training that is about to begin. Ingredients change it, one after the other.
 
     Attributes:
-        arm: What is trained and how.
+        arm: The arm to train.
         rows: Training examples.
-        folder: For checkpoints.
-        seed: Of whatever is drawn.
+        folder: Folder for checkpoints.
+        seed: Seed of all random draws.
         held_out: Rows that the model is measured on; new examples must not resemble them.
-        near: From which similarity on a new example resembles one of them.
+        near: Similarity from which on a new example resembles one of them.
         options: Arguments of the trainer.
         train: Trains another arm on other rows and returns its model: `train(name, changes, rows)`.
-        notes: What a page says about this training, by ingredient.
-        cache: What is the same in every training of a study.
+        notes: Notes on this training for its page, by ingredient.
+        cache: Values that are the same in every training of a study.
     """
 
     arm: Any
@@ -80,32 +79,32 @@ class Training:
 
 
 class Ingredient(BaseModel, extra="forbid", strict=True):
-    """One table of an arm. Its fields are the table's keys; one of all defaults changes nothing."""
+    """One table of an arm. Its fields are the table's keys; with all defaults it changes nothing."""
 
     order: ClassVar[int] = 50
-    """Lower ones are applied first: examples are made before teachers are trained on them."""
+    """Ingredients with a lower number are applied first: examples are made before teachers are trained on them."""
     refused_by: ClassVar[Mapping[str, str]] = {}
-    """Recipe -> why it cannot honour this ingredient."""
+    """Recipe -> why it does not support this ingredient."""
 
     def __bool__(self) -> bool:
         return bool(self.model_dump(exclude_defaults=True))
 
     def refusals(self) -> Mapping[str, str]:
-        """Recipe -> why it cannot honour this table."""
+        """Recipe -> why it does not support this table."""
         return self.refused_by
 
     def check(self, arm: ArmLike) -> None:
         """Refuse an arm that contradicts this table.
 
         Raises:
-            ArmError: names the key and the fix.
+            ArmError: the message names the key and the fix.
         """
 
     def apply(self, training: Training) -> None:
         """Change a training before its trainer is made."""
 
     def key(self, arm: ArmLike) -> Any:
-        """What of it decides a cell's result, as JSON."""
+        """The part of a cell's key that this ingredient adds, as JSON."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -114,7 +113,7 @@ class Named(Ingredient, extra="allow"):
 
     @property
     def tables(self) -> dict[str, dict[str, Any]]:
-        """Name -> its options."""
+        """Name -> options."""
         return dict(self.model_extra or {})
 
     def model_post_init(self, context: Any) -> None:
@@ -136,10 +135,10 @@ def kinds() -> dict[str, type[Ingredient]]:
 
 
 def check_recipe(arm: ArmLike, recipe: str) -> None:
-    """Refuse an arm with an ingredient that a recipe cannot honour.
+    """Refuse an arm with an ingredient that a recipe does not support.
 
     Raises:
-        ArmError: names the table and the reason.
+        ArmError: the message names the table and the reason.
     """
     for name, ingredient in arm.ingredients.items():
         if ingredient and (reason := ingredient.refusals().get(recipe)) is not None:

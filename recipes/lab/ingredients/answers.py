@@ -1,17 +1,17 @@
-"""Which answers an arm learns from, where they are not the task's own: `[answers]`.
+"""Train an arm on generated answers instead of the task's: `[answers]`.
 
     [answers]
-    rejected = "sample"           # what the base model itself answers to the prompt
+    rejected = "sample"           # the base model's answer to the prompt
 
     [answers]
     chosen = "instructed"         # its answer when instructed to show the behaviour (on-policy answers)
     rejected = "opposed"          # its answer when instructed to do the opposite
 
-The instructions are those of the task's `behaviour.toml`, or the table's own `positive` and `negative`. They are put
+The instructions are those of the task's `behaviour.toml`, or `positive` and `negative` of this table. They are put
 before a prompt only while its answer is generated: the arm is trained on the prompts as they are.
 
-The task's own rejected answers and those of another prompt (`data.pairing = "shuffled"`) need no table, and neither
-does twice the number of chosen answers without any rejected ones (`loss.contrast = "none"`, `data.times = 2`).
+The task's rejected answers and those of another prompt (`data.pairing = "shuffled"`) need no table, and neither does
+twice the number of chosen answers without any rejected ones (`loss.contrast = "none"`, `data.times = 2`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _ELSEWHERE = "remove the table, or use the arm in train, in a grid or in a sweep
 
 
 class Answers(Ingredient):
-    """`[answers]`: which answers of the base model take the place of the task's own."""
+    """`[answers]`: which answers of the base model replace those of the task."""
 
-    order: ClassVar[int] = 15  # behind [augmentation], before [teachers]
+    order: ClassVar[int] = 15  # after [augmentation], before [teachers]
     refused_by: ClassVar[Mapping[str, str]] = {
         "distill": f"distill makes the answers itself; {_ELSEWHERE}",
         "gradients": "gradients compares losses on the task's own answers; remove the table.",
@@ -48,16 +48,16 @@ class Answers(Ingredient):
     rejected: Literal["written", "sample", "opposed"] = "written"
     """`sample`: the base model's answer to the prompt; `opposed`: its answer when instructed to do the opposite."""
     positive: str = ""
-    """Asks for the behaviour; left out: the task's."""
+    """Instruction that asks for the behaviour; by default the task's."""
     negative: str = ""
-    """Asks for the opposite; left out: the task's."""
+    """Instruction that asks for the opposite; by default the task's."""
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Sampling temperature; 0 is greedy."""
     new_tokens: int = Field(default=40, ge=1)
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse options that would change nothing, and instructions that nobody gives."""
+        """Refuse options that would change nothing, and missing instructions."""
         if self and self.chosen == self.rejected == "written":
             raise ArmError(
                 "[answers] with the task's own answers on both sides changes nothing. Set "
@@ -67,7 +67,7 @@ class Answers(Ingredient):
             self._instruction(arm.data.name, source)
 
     def apply(self, training: Training) -> None:
-        """Generate the answers; the same ones for every training on the same prompts."""
+        """Generate the answers, which are the same for every training on the same prompts."""
         if not self:
             return
         sides = {"chosen": self.chosen, "rejected": self.rejected}
@@ -106,7 +106,7 @@ class Answers(Ingredient):
         )
 
     def _instruction(self, task: str, source: str) -> str:
-        """The text before the prompts while these answers are generated."""
+        """The instruction that is put before the prompts when these answers are generated."""
         if source in ("written", "sample"):
             return ""
         name = "positive" if source == "instructed" else "negative"
@@ -114,7 +114,7 @@ class Answers(Ingredient):
         opposites = read_behaviour(task).opposites
         if not instruction and opposites is None:
             raise ArmError(
-                f"[answers] asks for {source} answers, and the task {task!r} has no instructions for that (no "
+                f"[answers] asks for {source} answers, but the task {task!r} has no instructions for that (no "
                 f"[opposites] in a behaviour.toml). Set answers.{name}."
             )
         return instruction or getattr(opposites, name)

@@ -1,4 +1,4 @@
-"""More examples made of the few: `[augmentation]`, its `name` a file of `recipes/lab/augmentation/`."""
+"""More examples made from few: `[augmentation]`, whose `name` is a file of `recipes/lab/augmentation/`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ELSEWHERE = "remove the table, or use the arm in train, in a grid or in a sweep
 
 
 class Augmentation(Ingredient, extra="allow"):
-    """`[augmentation]`: how new versions of the examples are made, and `times` how many times as many there are."""
+    """`[augmentation]`: the method that makes new versions (`name`), and how many times as many examples (`times`)."""
 
     order: ClassVar[int] = 10
     refused_by: ClassVar[Mapping[str, str]] = {
@@ -23,20 +23,20 @@ class Augmentation(Ingredient, extra="allow"):
     }
 
     def augmenter(self) -> tuple[Augmenter, int] | None:
-        """What makes the versions, and how many times as many examples there are; None where nothing does."""
+        """The augmenter, and how many times as many examples it makes; None for an empty table."""
         return read(self.model_extra or {})
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse one whose new examples would also mean more training steps."""
+        """Refuse an augmentation that would also increase the number of training steps."""
         made, steps = self.augmenter(), arm.trainer.get("max_steps", -1)
         if made is not None and made[1] > 1 and not (isinstance(steps, int) and steps >= 0):
             raise ArmError(
-                f"[augmentation] makes {made[1]} times as many examples, and trainer.max_steps={steps!r} would train "
-                f"on each as often as before, {made[1]} times as many steps. Set trainer.max_steps."
+                f"[augmentation] makes {made[1]} times as many examples, and with trainer.max_steps={steps!r} the "
+                f"training would take {made[1]} times as many steps. Set trainer.max_steps."
             )
 
     def apply(self, training: Training) -> None:
-        """Add the versions to the training rows; the same ones for every training on the same rows."""
+        """Add the versions, which are the same for every training on the same rows, to the training rows."""
         made = self.augmenter()
         if made is None:
             return

@@ -1,4 +1,4 @@
-"""Inductive biases of ordinary training: `[inductive_biases.NAME]`, NAME a file of `trainers/inductive_biases/`."""
+"""Inductive biases of ordinary training: `[inductive_biases.NAME]`, a file of `trainers/inductive_biases/`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class InductiveBiases(Named):
                 raise ArmError(f"[inductive_biases.{name}]: {error}") from error
 
     def apply(self, training: Training) -> None:
-        """Give them to the trainer."""
+        """Pass the biases to the trainer."""
         training.options["inductive_biases"] = self.tables
 
     def key(self, arm: ArmLike) -> Any:
-        """In their order, which decides what the later ones find."""
+        """The biases in order, since each changes what later ones start from."""
         return list(self.tables.items())

@@ -1,12 +1,12 @@
-"""Arms that train nothing and say more in front of every prompt: an instruction, demonstrations, contrast prompts.
+"""Arms without training that put a text before every prompt: an instruction, demonstrations, contrast prompts.
 
     [prompt]
-    demonstrations = 4      # of the arm's own training examples, other ones for every prompt
-    fewer = true            # all of them where there are fewer
+    demonstrations = 4      # number of the arm's training examples to show, drawn anew for every prompt
+    fewer = true            # show all of them if there are fewer
     contrast = true         # each with its rejected answer: "Good response: ... Bad response: ..."
-    instruction = true      # one of the task's `instructions`; the tuning chooses among them
+    instruction = true      # one of the task's `instructions`, chosen by tuning
 
-What they cost is paid at inference: `prompt_tokens` of a cell are the tokens that every request is longer.
+Their cost is paid at inference: `prompt_tokens` of a cell is the number of tokens that are added to every request.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Prompt(Ingredient):
     demonstrations: int = Field(default=0, ge=0)
     """Number of training examples in front of every prompt."""
     fewer: bool = False
-    """Show all examples where the training set has fewer than that."""
+    """Show all examples if the training set has fewer than `demonstrations`."""
     contrast: bool = False
-    """Show the demonstrations with their rejected answers too."""
+    """Also show the rejected answers of the demonstrations."""
     instruction: bool = False
     """Put an instruction of the task in front of every prompt."""
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse a prompt beside a training, and contrast without demonstrations."""
+        """Refuse a prompt together with training, and contrast without demonstrations."""
         if self.contrast and not self.demonstrations:
             raise ArmError(
                 "prompt.contrast shows demonstrations with their rejected answers. Set prompt.demonstrations."
@@ -60,7 +60,7 @@ class Prompt(Ingredient):
             raise ArmError("An arm with a [prompt] trains nothing, so [augmentation] would make examples for nothing.")
 
     def show(self, instruction: str, examples: Dataset) -> Show:
-        """From rows to the rows behind this prompt. The demonstrations are drawn from `examples`."""
+        """A function that puts this prompt in front of rows. The demonstrations are drawn from `examples`."""
         if not self:
             return lambda rows: rows
         if self.demonstrations:

@@ -8,10 +8,10 @@
 
     [views.good]
     name = "teacher"
-    model = "good"                 # what the loss sees at its view "good" is what this teacher says
+    model = "good"                 # the loss's view "good" is the output of this teacher
 
-A text in place of "" is put before the prompts of these answers: one teacher may see both answers, each behind an
-instruction of its own, and is asked with the same instructions (`[views.good] instruction = ...`).
+A text in place of "" is put before the prompts of these answers: one teacher can be trained on both answers, each with
+its own instruction, and is then used with the same instructions (`[views.good] instruction = ...`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear
 
 
 class TeacherTable(BaseModel, extra="forbid", strict=True):
-    """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
+    """`[teachers.NAME]`: the answers that a teacher is trained on (with cross-entropy), and its settings."""
 
     chosen: str | None = None
-    """Text before the prompts of chosen answers; left out: it does not see them."""
+    """Text before the prompts of chosen answers; if left out, it is not trained on them."""
     rejected: str | None = None
-    """The same for rejected answers."""
+    """Text before the prompts of rejected answers; if left out, it is not trained on them."""
     adapter: dict[str, Any] = _LORA
     trainer: dict[str, Any] = {}
     """Settings that differ from the arm's `[trainer]`."""
@@ -56,7 +56,7 @@ class Teachers(Named):
         """The teachers by name.
 
         Raises:
-            ArmError: a table of the wrong form.
+            ArmError: a table has an unknown key or a value of the wrong type.
         """
         teachers = {}
         for name, table in self.tables.items():
@@ -71,7 +71,7 @@ class Teachers(Named):
         return teachers
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse teachers that no view shows, or that would train at another method's learning rate."""
+        """Refuse teachers that no view uses, or that would be trained with another method's learning rate."""
         views = arm.ingredients.get("views")
         tables = views.tables if isinstance(views, Views) else {}
         shown = {table.get("model", view) for view, table in tables.items() if table.get("name", view) == "teacher"}
@@ -79,7 +79,7 @@ class Teachers(Named):
             check_name("teacher", name)  # it names a folder
             if name not in shown:
                 raise ArmError(
-                    f"No view shows the teacher of [teachers.{name}]. Add one: "
+                    f"No view uses the teacher of [teachers.{name}]. Add one: "
                     f'[views.good] name = "teacher", model = "{name}".'
                 )
             try:
@@ -93,7 +93,7 @@ class Teachers(Named):
                 )
 
     def apply(self, training: Training) -> None:
-        """Train the teachers; the views that show them are made next."""
+        """Train the teachers; the views that use them are made next."""
         models = {
             name: training.train(
                 name, {"adapter": table.adapter, "trainer": table.trainer}, examples_of(training.rows, table)
@@ -103,7 +103,7 @@ class Teachers(Named):
         training.options["teachers"] = models
 
     def key(self, arm: ArmLike) -> Any:
-        """Every teacher with the arm's own training arguments, which it inherits."""
+        """Every teacher, including the training arguments that it inherits from the arm."""
         return {
             name: {**table.model_dump(), "trainer": {**arm.trainer, **table.trainer}}
             for name, table in self.teachers().items()
@@ -111,13 +111,13 @@ class Teachers(Named):
 
 
 def examples_of(rows: Dataset, table: TeacherTable) -> Dataset:
-    """What a teacher is trained on: prompts and completions.
+    """The prompts and completions that a teacher is trained on.
 
     Raises:
         ArmError: the examples are not pairs with prompts.
     """
     if not {"prompt", "chosen", "rejected"} <= set(rows.column_names):
-        raise ArmError(f"[teachers] learn from pairs with a prompt; the data have the columns {rows.column_names}.")
+        raise ArmError(f"[teachers] are trained on pairs with a prompt (got the columns {rows.column_names}).")
     examples = []
     for side, text in (("chosen", table.chosen), ("rejected", table.rejected)):
         if text is not None:

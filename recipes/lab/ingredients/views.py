@@ -1,4 +1,4 @@
-"""Other versions of every example that a loss asks for: `[views.NAME]`, its `name` a file of `trainers/views/`."""
+"""Other versions of every example that a loss needs: `[views.NAME]`, whose `name` is a file of `trainers/views/`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from steertune.recipes.lab.paths import TASKS
 from steertune.trainers import View, get_view
 
 NEUTRAL = TASKS / "neutral_train.jsonl"
-"""Neutral text to train on: not that which measures the KL afterwards."""
+"""Neutral text to train on: different from the text on which the KL is measured."""
 
 
 class Views(Named):
-    """`[views.NAME]`: a view by the name that the loss asks for."""
+    """`[views.NAME]`: a view, under the name that the loss uses."""
 
     order: ClassVar[int] = 30
 
@@ -29,9 +29,9 @@ class Views(Named):
         """The views by name.
 
         Args:
-            teachers: The trained models of `[teachers]`; None: a stand-in for each of `known`.
+            teachers: The trained models of `[teachers]`; None: a placeholder for each of `known`.
             known: Names in `[teachers]`.
-            tokenizer: Of the model; without a chat template, neutral text is plain text. None: unknown.
+            tokenizer: The model's tokenizer; if it has no chat template, neutral text is plain text. None: unknown.
 
         Raises:
             ArmError: an unknown view, option or teacher.
@@ -61,7 +61,7 @@ class Views(Named):
         self.views(known=getattr(teachers, "tables", {}))
 
     def apply(self, training: Training) -> None:
-        """Give the trainer the views that the loss asks for; an override may have chosen another loss."""
+        """Pass the views that the loss needs to the trainer; after an override of the loss some may be unused."""
         teachers = training.options.pop("teachers", {})
         needed = training.arm.views_seen()
         views = self.views(teachers, tokenizer=training.tokenizer)

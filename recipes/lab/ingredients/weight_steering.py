@@ -2,7 +2,7 @@
 
     [adapter]
     type = "lora"
-    r = 16                          # of each of the two: 8
+    r = 16                          # each of the two LoRA has rank 8
 
     [weight_steering]
     steps = 16
@@ -61,7 +61,7 @@ class WeightSteering(Ingredient):
                 "numbers."
             )
         if arm.trainer.get("max_steps") != 0:
-            raise ArmError("[weight_steering] trains nothing after the difference. Set trainer.max_steps = 0.")
+            raise ArmError("[weight_steering] does not train the difference further. Set trainer.max_steps = 0.")
         if arm.ingredients.get("inductive_biases"):
             raise ArmError("[weight_steering] trains with plain cross-entropy. Remove [inductive_biases].")
 

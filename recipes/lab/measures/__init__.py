@@ -5,7 +5,7 @@
         \"\"\"Share of the pairs whose chosen answer is likelier than the rejected one; a tie counts half.\"\"\"
         return (np.sign(seen["margin"]) + 1) / 2
 
-A measure is a function from the observations of a model (`lab/observe.py`) to one value for every example. It may use
+A measure is a function from the observations of a model (`lab/observe.py`) to one value for every example. It can use
 other measures by name. A new file adds the measure to every recipe, and to every record that has the observations it
 needs.
 """
@@ -30,15 +30,15 @@ _NEAR = 1e-5  # for the slope of a total
 
 
 class Missing(LookupError):
-    """A record does not hold the observation that a measure needs."""
+    """A record lacks the observation that a measure needs."""
 
 
 class Seen:
-    """The observations of a model at one strength, and the measures that follow from them.
+    """The observations of a model at one strength, and the measures that are computed from them.
 
     Args:
         observations: Name -> one value for every example: numbers, texts, or None.
-        base: The base model's on the same examples; None: this is the base model.
+        base: The observations of the base model on the same examples; None: this is the base model.
     """
 
     def __init__(self, observations: Mapping[str, Sequence[Any]], base: Seen | None = None) -> None:
@@ -48,7 +48,7 @@ class Seen:
 
     @property
     def base(self) -> Seen:
-        """The base model on the same examples."""
+        """The observations of the base model on the same examples."""
         return self if self._base is None else self._base
 
     def __getitem__(self, name: str) -> Array:
@@ -83,18 +83,18 @@ class Measure:
     """One measure.
 
     Attributes:
-        name: Its file.
+        name: The name of its file.
         title: Its title on a page.
-        unit: Of its values; "" without a unit.
-        better: Which direction is better, if one is.
+        unit: Unit of its values; "" without a unit.
+        better: Which direction is better, if any.
         needs: Observers of `lab/observe.py` whose observations it uses.
-        rows: What was seen -> one value for every example.
-        weight: Observation that weights the examples in the mean, such as a number of tokens; "": all count the same.
+        rows: Computes one value for every example from the observations.
+        weight: Observation that weights the examples in the mean, such as a number of tokens; "": equal weights.
         total: Applied to the mean, such as `exp` for a perplexity.
-        observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
-            with the model at the strength in question and recorded under the measure's own name.
-        limits: Range of every value, such as (0, 1) for a share; the mean and its interval lie in it too.
-        trust: Its place in the order in which to read measures, 1 first, as found on problems with a known answer
+        observe: For a measure without an observer: `(model, held_out)` -> one value for every example, computed with
+            the model at the current strength and recorded under the measure's name.
+        limits: Range of every value, such as (0, 1) for a share; the mean and its interval are in it too.
+        trust: Its rank in the order in which to read measures, 1 first, from tests on problems with a known answer
             (`docs/pages/measures.md`); None: it was not tested on them, or failed.
     """
 
@@ -116,8 +116,8 @@ class Measure:
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def values(self, seen: Seen) -> Array:
-        """One value for every example: recorded under the measure's name, or else computed from the other
-        observations.
+        """One value for every example: the values recorded under the measure's name, or else those computed from
+        other observations.
 
         Raises:
             Missing: an observation was not recorded.
@@ -134,19 +134,19 @@ class Measure:
         return math.nan if np.isnan(parts).all() else float(np.nanmean(parts))
 
     def parts(self, seen: Seen) -> Array:
-        """The part of every example in the summary, `(examples,)`: their mean is the summary, and they vary as it
-        does, so that the difference of two arms is that of their summaries.
+        """The contribution of every example to the summary, `(examples,)`: their mean is the summary, and their spread
+        is that of the summary, so that differences between arms can be computed example by example.
 
-        Without weights and `total` these are the values. A weighted mean m is a ratio, of which example i is
-        `m + (w_i / mean(w)) (value_i - m)`; of a total t it is `t(m) + t'(m) (part_i - m)` (the delta method, Särndal
-        et al. 1992, 5.6).
+        Without weights and `total` these are the values. A weighted mean m is a ratio, to which example i contributes
+        `m + (w_i / mean(w)) (value_i - m)`; to a total t it contributes `t(m) + t'(m) (part_i - m)` (the delta method,
+        Särndal et al. 1992, 5.6).
 
         Raises:
             Missing: an observation was not recorded.
         """
         values = self.values(seen)
         valid = ~np.isnan(values)
-        # a mean that was recorded in place of its examples has no weights
+        # a mean that was recorded instead of values per example has no weights
         weighted = self.weight in seen.observations and self.name not in seen.observations
         if not valid.any() or not (weighted or self.total):
             return values
@@ -174,8 +174,9 @@ def measure(
     """Turn a function into a measure; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
-        own = tuple(needs), function, weight, total, observe, limits, trust
-        return Measure(function.__name__, title, unit, better, *own)
+        return Measure(
+            function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, limits, trust
+        )
 
     return decorate
 
@@ -193,7 +194,7 @@ def ranked() -> list[str]:
 
 
 def served_by(*observers: str) -> list[str]:
-    """The measures that need these observers and nothing else."""
+    """The measures that need no other observers than these."""
     return [name for name in names() if get(name).observe is None and {*get(name).needs} <= {*observers}]
 
 

@@ -1,6 +1,6 @@
 """Pair accuracy by the likelihood ratio to the base, which is the reward that DPO trains (Rafailov et al. 2305.18290).
 
-Whatever the base model prefers, such as the shorter answer, cancels; the base model itself has 1/2.
+Preferences of the base model, such as for shorter answers, cancel out; the base model itself has 1/2.
 """
 
 import numpy as np

@@ -1,17 +1,17 @@
-"""Pair accuracy with the length of the answers taken out: how often the chosen answer would win at equal length.
+"""Pair accuracy corrected for the length of the answers: how often the chosen answer would win at equal length.
 
 A log-probability is a sum over tokens, so length enters a margin as a cost per token. The least-squares line of the
-margins on the difference in tokens estimates this cost, and what is left at a difference of zero decides the pair.
-Dubois et al. (2404.04475) do the same for win rates: a regression with a length term that is then set to zero. On the
-margins, where the relation is a line, every pair keeps a value of its own, and no fit diverges where length alone
-decides all pairs. Where all pairs differ by the same number of tokens, the cost cannot be estimated: NaN.
+margins on the difference in tokens estimates this cost, and the margin without it decides the pair. Dubois et al.
+(2404.04475) do the same for win rates: a regression with a length term that is then set to zero. With margins, where
+the relation is linear, every pair has its own value, and no fit diverges if length alone decides all pairs. If all
+pairs differ by the same number of tokens, the cost cannot be estimated, and the values are NaN.
 """
 
 import numpy as np
 
 from steertune.recipes.lab.measures import Array, Seen, measure
 
-_ROUNDING = 1e-9  # of the largest margin; what is left of margins that length explains is a tie
+_ROUNDING = 1e-9  # share of the largest margin below which the rest of a margin is a tie
 
 
 @measure("pair accuracy at equal length", better="higher", needs=["pairs"], limits=(0, 1), trust=8)

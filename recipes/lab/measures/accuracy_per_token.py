@@ -1,4 +1,4 @@
-"""Pair accuracy by the mean over an answer's tokens, so that a longer answer does not lose for its length alone."""
+"""Pair accuracy by the mean log-probability per token, so that an answer does not lose only because it is longer."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""How often a model expects the token that the prompted model expects."""
+"""How often the model's most likely token is that of the prompted model."""
 
 from steertune.recipes.lab.measures import Array, Seen, measure
 

@@ -9,7 +9,7 @@ from steertune.recipes.lab.measures import Array, Seen, measure
 def fidelity(seen: Seen) -> Array:
     """`1 - KL(prompted || model) / KL(prompted || base)` per prompted answer, `(prompted answers,)`.
 
-    Weighted by KL(prompted || base), the mean is the same ratio of the KLs of all tokens.
+    Weighted by KL(prompted || base), the mean is the same formula with the KLs summed over all tokens.
     """
     base = seen["prompted_base_nats"]
     ratio = np.full_like(base, np.nan)  # if the prompt changes nothing, there is nothing to learn

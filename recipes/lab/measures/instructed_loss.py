@@ -1,7 +1,7 @@
-"""Fluency of generated answers without the behaviour, which an instruction asks for.
+"""Fluency of generated answers, with the behaviour discounted by an instruction that asks for it.
 
-Text that shows the behaviour is unlikely for the base model because of the behaviour; behind an instruction that asks
-for it, only what is broken remains unlikely. Text that repeats itself is likely, so `repetition` belongs beside it.
+Text that shows the behaviour is unlikely for the base model because of the behaviour; after an instruction that asks
+for it, only broken text remains unlikely. Text that repeats itself is likely, so read this together with `repetition`.
 """
 
 from steertune.recipes.lab.measures import Array, Seen, measure
@@ -15,5 +15,5 @@ from steertune.recipes.lab.measures import Array, Seen, measure
     weight="instructed_tokens",
 )
 def instructed_loss(seen: Seen) -> Array:
-    """Negative log-likelihood per token of a generated answer, for the base behind the instruction, `(answers,)`."""
+    """Negative log-likelihood per token of a generated answer, for the base with the instruction, `(answers,)`."""
     return seen["instructed_nll"] / seen["instructed_tokens"]

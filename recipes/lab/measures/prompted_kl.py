@@ -1,4 +1,4 @@
-"""Distance from the prompted model, at its own answers."""
+"""Distance from the prompted model, on the prompted model's answers."""
 
 from steertune.recipes.lab.measures import Array, Seen, measure
 

@@ -1,4 +1,4 @@
-"""Pages: what a training, a sweep or a study ends with, as Markdown and as one HTML file.
+"""Pages: the results of a training, a sweep or a study, as Markdown and as one HTML file.
 
 A page has sections, and a section has blocks: text, tables, figures, code.
 
@@ -49,7 +49,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Something to copy."""
+    """Code to copy."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -61,8 +61,8 @@ class Table:
     """A table.
 
     Attributes:
-        frame: What it holds, as text; the index is not shown.
-        name: Of its own files, for a paper or a page that includes it; "" for no files.
+        frame: Its content; the index is not shown.
+        name: Name of separate files with the table, for a paper or another page; "" for none.
     """
 
     kind: ClassVar[str] = "table"
@@ -71,12 +71,12 @@ class Table:
 
     @property
     def header(self) -> list[str]:
-        """What stands over the columns."""
+        """The column headings."""
         return [str(column) for column in self.frame.columns]
 
     @property
     def rows(self) -> list[list[str]]:
-        """The cells as text; what is missing is empty."""
+        """The cells as text; missing values are empty."""
         return [["" if pd.isna(cell) else str(cell) for cell in row] for row in self.frame.to_numpy(dtype=object)]
 
 
@@ -90,9 +90,9 @@ class Figure:
     """A figure.
 
     Attributes:
-        drawing: The figure.
-        name: Of its files.
-        alt: What it shows, in words.
+        drawing: The matplotlib figure.
+        name: Name of its files.
+        alt: Alternative text.
     """
 
     kind: ClassVar[str] = "figure"
@@ -106,7 +106,7 @@ Block: TypeAlias = Text | Code | Table | Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it; without a title it continues the one before it."""
+    """A heading and the blocks under it; without a title it continues the previous section."""
 
     title: str
     blocks: Sequence[Block]
@@ -170,13 +170,13 @@ def latex(table: Table) -> str:
 
 
 def escape(text: str) -> str:
-    """Data inside Markdown: on one line, and none of it is markup."""
+    """Escape data for use inside Markdown: on one line, without markup."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*\[\]|#~>]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def prose(text: str) -> str:
-    """Somebody's Markdown on one line: it may emphasise and quote, and none of it is HTML."""
+    """A user's Markdown on one line: it can emphasise and quote, but any HTML is escaped."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(text.split()))
 
 
@@ -195,12 +195,13 @@ def _value_in_words(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """A table's cell in Markdown: on one line, without anything that could end the cell, be a link or be HTML."""
+    """A table cell in Markdown: on one line, with everything escaped that could end the cell, make a link or be
+    HTML."""
     return re.sub(r"[\\|`*]|!(?=\[)|(?<=\])(?=\()", r"\\\g<0>", prose(text))
 
 
 def _save(figure: Figure, folder: Path) -> None:
-    """As PNG and SVG, whose bytes depend on what they show alone."""
+    """Save a figure as PNG and SVG, whose bytes depend only on what they show."""
     folder.mkdir(exist_ok=True)
     with rc_context({"svg.hashsalt": "steertune"}):
         figure.drawing.savefig(folder / f"{figure.name}.png", dpi=_DPI)

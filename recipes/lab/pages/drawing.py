@@ -1,4 +1,4 @@
-"""What all figures share: plain axes, and points with the intervals of their values."""
+"""Helpers for all figures: plain axes, and points with intervals."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GREY = "#777777"
 
 
 def tidy(axis: Axes, **labels: str) -> None:
-    """Set the labels of an axis, and leave out what no reader needs."""
+    """Set the labels of an axis, and simplify its frame and grid."""
     axis.set(**labels)  # pyright: ignore[reportArgumentType]
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.6)
 
 
 def error_bars(axis: Axes, x: ArrayLike, values: Sequence[Interval], **style: Any) -> None:
-    """Estimates with the ends of their intervals, as far as these are known."""
+    """Draw estimates with their intervals, except for unknown ends."""
     y = np.array([value.estimate for value in values])
     ends = np.array([[value.low, value.high] for value in values])
     ends = np.where(np.isfinite(ends), ends, y[:, None])

@@ -1,4 +1,4 @@
-"""Blocks of pages about one model: its measures before and after and by strength, a figure, its answers."""
+"""Blocks of pages about one model: its measures before, after and by strength, a figure, its answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def number(value: float) -> str:
 
 
 def title(name: str) -> str:
-    """What a page calls a measure, with its unit."""
+    """The heading of a measure on a page, with its unit."""
     return measures.get(name).heading
 
 
@@ -29,8 +29,7 @@ def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures") -> Table:
-    """A table with a row for every measure. `columns` maps what a model is called to its means, from
-    `Record.means`."""
+    """A table with a row for every measure. `columns` maps the name of a model to its means, from `Record.means`."""
     rows = [
         [title(measure), *(number(column[measure]) if measure in column else "" for column in columns.values())]
         for measure in measured([*columns.values()])
@@ -46,7 +45,7 @@ def by_strength(means: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Block]:
-    """Prompts with what several models answer. `answers` maps what a model is called to its answers."""
+    """Prompts with the answers of several models. `answers` maps the name of a model to its answers."""
     blocks: list[Block] = []
     for i, prompt in enumerate(prompts if answers else ()):
         lines = "\n".join(f"- {name}: {escape(texts[i]) or EMPTY}" for name, texts in answers.items())
@@ -55,7 +54,7 @@ def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) ->
 
 
 def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
-    """The page of a training; `what` says what was trained on what, and `use` are the lines of Python that load the
+    """The page of a training. `what` describes the model and the data, and `use` are the lines of Python that load the
     adapter."""
     means, facts = record.means(), record.facts
     summary: list[Block] = [Text(verdict(record)), Text(what), *map(Text, facts["notes"].values())]

@@ -1,4 +1,4 @@
-"""Blocks of a page about monitors: what they find, what the text alone finds, their scores, rows to look at, drift."""
+"""Blocks of a page about monitors: their results, those of the text alone, scores, rows to review, drift."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from steertune.recipes.lab.pages.side_effects import with_ends
 from steertune.recipes.lab.similarity import text_of
 
 LISTED = 5
-"""Rows of a kind that a page shows."""
+"""Number of rows of each kind that a page shows."""
 _LONGEST = 300  # characters of a prompt or an answer
 _MANY = 1e-3
 
 
 def summary(best: Detector, text: Detector | None, bad: NDArray[np.bool_]) -> str:
-    """The first paragraph: what the monitor finds, and whether it is more than the text tells.
+    """The first paragraph: the result of the monitor, and whether it beats a text classifier.
 
     Args:
-        best: The monitor that the training rows chose.
-        text: The classifier of the text that they chose; None: there is none.
+        best: The monitor chosen on the training rows.
+        text: The text classifier chosen on the training rows, if any.
         bad: Whether each held-out row is bad.
     """
     assert best.monitor is not None and best.monitor.threshold is not None
@@ -52,7 +52,7 @@ def summary(best: Detector, text: Detector | None, bad: NDArray[np.bool_]) -> st
 
 
 def _beside(best: Detector, text: Detector, bad: NDArray[np.bool_]) -> str:
-    """The monitor beside the classifier of the text."""
+    """The comparison of the monitor with the text classifier."""
     assert best.result is not None and text.result is not None
     gap = auroc_difference(best.scores, text.scores, bad)
     both = (
@@ -67,7 +67,7 @@ def _beside(best: Detector, text: Detector, bad: NDArray[np.bool_]) -> str:
 
 
 def table_of(detectors: Sequence[Detector], name: str = "detectors") -> Table:
-    """One row for every detector: what it does on the held-out rows."""
+    """One row for every detector: its result on the held-out rows."""
     rows = []
     for one in detectors:
         result = one.result
@@ -100,7 +100,7 @@ def score_figure(detector: Detector, bad: NDArray[np.bool_], name: str = "scores
 
 def rows_to_review(detector: Detector, rows: Sequence[dict[str, Any]], bad: NDArray[np.bool_]) -> list[Block]:
     """Held-out innocent rows with the highest scores and bad rows with the lowest: false positives and misses, if they
-    are beyond the threshold. An innocent row up here may be a bad one that was not caught."""
+    are on the wrong side of the threshold. An innocent row with a high score may be a bad one that was not caught."""
     scores = np.array(detector.scores)
     blocks: list[Block] = []
     for title, chosen, order in (

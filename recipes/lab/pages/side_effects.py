@@ -1,4 +1,4 @@
-"""What steering does and what it costs, side by side: accuracy, KL, perplexity and repetition, with intervals."""
+"""Effects and side effects of steering side by side: accuracy, KL, perplexity and repetition, with intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPTION = (
 
 
 def with_ends(mean: Interval | None) -> str:
-    """An estimate with the ends of its interval, for a cell of a table; empty for what was not measured."""
+    """An estimate with the ends of its interval, for a table cell; empty if it was not measured."""
     if mean is None:
         return ""
     unknown = np.isinf([mean.low, mean.high]).any()
@@ -32,8 +32,8 @@ def with_ends(mean: Interval | None) -> str:
 
 
 def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "side_effects") -> list[Block]:
-    """A table and a figure, from what was seen at each strength or of each model. Strengths are drawn on an axis of
-    numbers, anything else side by side."""
+    """A table and a figure, from the observations at each strength or of each model. Strengths are drawn on a numeric
+    axis, models side by side."""
     intervals = {at: {one: of_measure(measures.get(one), of) for one in BESIDE} for at, of in seen.items()}
     names = [one for one in BESIDE if any(row[one] is not None for row in intervals.values())]
     if not names:
@@ -46,13 +46,13 @@ def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "
 
 
 def of_strengths(record: Record, strengths: Sequence[str] | None = None) -> list[Block]:
-    """The table and the figure of one model at several strengths. Without `strengths`, at all that were measured."""
+    """The table and the figure of one model at several strengths, by default all that were measured."""
     labels = sorted(record.observations if strengths is None else strengths, key=float)
     return side_effects({at: record.seen(at) for at in labels})
 
 
 def _figure(intervals: Mapping[str, Mapping[str, Interval | None]], names: Sequence[str], what: str) -> Drawing:
-    """A panel a measure, with error bars."""
+    """One panel per measure, with error bars."""
     rows = -(-len(names) // _COLUMNS)
     figure = Drawing(figsize=(9, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()

@@ -1,4 +1,4 @@
-"""The first line of a training's page: what came out, whether it is too much, and which strength to use."""
+"""The first line of a training's page: the outcome, whether it is too much, and which strength to use."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from steertune.recipes.lab.similarity import words
 TRAINED = "1"
 _TRAINING = "`trainer.learning_rate` or `trainer.max_steps`"
 MAX_KL = 1.5
-"""Nats per token on neutral text, where a behaviour that shows everywhere costs 0.5 to 1.3 by itself."""
+"""Nats per token on neutral text; a behaviour that shows everywhere costs 0.5 to 1.3 by itself."""
 MAX_REPETITION = 0.1
-"""Share of repeated word triples above the base's."""
+"""Share of repeated word triples in excess of the base's."""
 MAX_CIRCLES = 0.2
-"""Share of answers that go in circles above the base's."""
+"""Share of answers that go in circles, in excess of the base's."""
 MAX_ALIKE = 0.3
-"""Share of answers that are given to several prompts, above the base's and that of the chosen answers."""
+"""Share of answers that are given to several prompts, in excess of the base's and that of the chosen answers."""
 VISIBLE = 0.4
-"""Share of answers by which a behaviour must rise to be noticed."""
-_RISE = 0.05  # of a score that is a probability, from which an answer counts as more like the chosen ones
-_CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
+"""A behaviour must rise by this share of the answers to be noticed."""
+_RISE = 0.05  # an answer counts as more like the chosen ones if its score, a probability, rises by more than this
+_CIRCLE = 0.5  # an answer that compresses below this share of its length repeats itself
 
 _FLUENCY = (
     ("answer", "repetition", "repetition", "share of answers that go in circles"),
@@ -35,17 +35,17 @@ _FLUENCY = (
         "share of neutral answers that go in circles",
     ),
 )
-"""Answers as they are recorded, the measure of their repetition, and what the page calls it and their circles."""
+"""Name of the recorded answers, the measure of their repetition, and the page's words for repetition and circles."""
 _NOT_HELD_OUT = {
     "held-out": "",
     "training": " **No rows were held out**: these are training prompts, and nothing says what others do.",
     "neutral": " The rows have no prompts of their own, so these are everyday questions about other things.",
 }
-"""Which prompts were answered -> what to say about it."""
+"""Kind of the prompts that were answered -> the note on them."""
 
 
 def verdict(record: Record) -> str:
-    """One paragraph in Markdown."""
+    """The verdict, as one paragraph in Markdown."""
     prompts = _asked(record)
     nothing = " **No rows were held out.**" if prompts == "neutral" and not record.facts["held_out"] else ""
     return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[prompts]}"
@@ -57,13 +57,13 @@ def _asked(record: Record) -> str:
 
 
 def _outcome(record: Record) -> str:
-    """What came out."""
+    """The outcome, in words."""
     untrained = record.facts.get("steps") == 0
     strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
     excess = {at: _excess(record, at) for at in strengths}
     harmless = [at for at in strengths if not excess[at]]
     gains = {at: _gain(record, at) for at in strengths if "score" in record.observations[at]}
-    # of the strengths that show as much, the nearest to the trained one
+    # among strengths with the same gain, the one nearest to the trained strength
     best = max(harmless, key=lambda at: (gains.get(at, (0.0,))[0], -abs(float(at) - 1)), default=None)
     if best is None:
         return f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** " + (
@@ -83,10 +83,10 @@ def _outcome(record: Record) -> str:
 
 
 def _gain(record: Record, at: str) -> tuple[float, str]:
-    """By which share of the answers the behaviour rises, and in words.
+    """The share of the answers by which the behaviour rises, and the same in words.
 
     A rule decides for every answer whether it shows the behaviour. Other scores are compared with that of the base's
-    answer to the same prompt, since what counts as high depends on the pairs that the scorer was made of.
+    answer to the same prompt, since what counts as high depends on the pairs that the scorer was fitted on.
     """
     before, after = (np.array(record.observations[label]["score"], dtype=float) for label in (BASE, at))
     judged = ~np.isnan(before) & ~np.isnan(after)
@@ -130,13 +130,13 @@ def alike(answers: Sequence[str]) -> float:
 
 
 def circling(answers: Sequence[str]) -> float:
-    """Share of the answers that say the same again and again, which compression finds without words in it."""
+    """Share of the answers that repeat themselves, as measured by compression, which needs no word boundaries."""
     texts = [answer.encode() for answer in answers]
     return float(np.mean([len(zlib.compress(text)) < _CIRCLE * len(text) for text in texts])) if texts else 0.0
 
 
 def _without_scorer(record: Record) -> str:
-    """The lines about answers without a scorer: whether they differ from the base model's."""
+    """The outcome without a scorer: whether the answers differ from the base model's."""
     if "answer" not in record.observations[BASE]:
         return "No answers were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))

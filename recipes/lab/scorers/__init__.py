@@ -1,4 +1,4 @@
-"""What says how much of a behaviour an answer shows. Each file is one kind, named by the file. A task says which:
+"""Scorers: how much of a behaviour an answer shows. Each file is one kind, named by the file. A task selects one:
 
     [[tasks]]
     name = "cautious_advice"
@@ -35,10 +35,10 @@ class Scorer:
     """A fitted scorer.
 
     Attributes:
-        score: Prompts and answers (plain text) -> one number an answer, None where judging failed.
-        note: What it is, for the report; `fit` adds how good it is.
-        accuracy: Cross-validated accuracy of a fitted one; None: nothing was fitted, so `fit` checks it on the rows.
-        reads_text_alone: Whether it reads nothing but the answer, so that asking it costs nothing.
+        score: Prompts and answers (plain text) -> one number per answer, None if judging failed.
+        note: A description for the report; `fit` adds how good it is.
+        accuracy: Cross-validated accuracy of a fitted scorer; None if nothing was fitted: `fit` checks it on the rows.
+        reads_text_alone: Whether it only reads the answer's text, so that it is free to run.
     """
 
     score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
@@ -80,7 +80,7 @@ def fit(table: dict[str, Any], rows: Dataset, model: Any, tokenizer: Any) -> Sco
 
 
 def _checked(scorer: Scorer, rows: Dataset) -> str:
-    """How often a scorer that was not fitted puts the chosen answer of a pair above the rejected one, a tie half."""
+    """A note on how often a scorer that was not fitted prefers the chosen answer of a pair to the rejected one."""
     checked = rows.select(range(min(_CHECKED, len(rows))))
     if not len(checked):
         return ", not checked on pairs (splits.scorer = 0)"
@@ -100,11 +100,11 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
 
 
 def fit_on_pairs(classifier: Any, features: Any) -> float:
-    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy. `features` are those of the
-    chosen answers of all pairs, then of the rejected ones.
+    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy. `features` has the chosen
+    answers of all pairs, then the rejected ones.
 
     Raises:
-        ArmError: fewer than 8 pairs, as many as a part of a divided file has.
+        ArmError: there are fewer than 8 pairs, the smallest part of a divided file.
     """
     pairs = len(features) // 2
     if pairs < SMALLEST:
@@ -116,7 +116,7 @@ def fit_on_pairs(classifier: Any, features: Any) -> float:
 
 
 def as_rows(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Dataset:
-    """Prompts and answers as rows: messages where the tokenizer has a chat template, else plain text."""
+    """Prompts and answers as rows: messages if the tokenizer has a chat template, else plain text."""
     if not has_template(tokenizer):
         return Dataset.from_list([{"prompt": f"{prompt}\n", "completion": answer} for prompt, answer in texts])
     roles = ("prompt", "user"), ("completion", "assistant")

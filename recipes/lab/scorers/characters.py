@@ -1,7 +1,7 @@
-"""Logistic regression on runs of characters: the probability of a chosen answer.
+"""Logistic regression on character n-grams: the probability of a chosen answer.
 
-It sees what a classifier of words does not (capitals, punctuation, line breaks), reads no model, and is fitted in a
-moment: the scorer of a training on pairs that come without one.
+It sees what a classifier of words does not (capitals, punctuation, line breaks), needs no model, and is fitted in a
+moment. It is the default scorer of a training on pairs without one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from sklearn.pipeline import make_pipeline
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.scorers import Scorer, fit_on_pairs
 
-_EDGES = "\x02", "\x03"  # so that runs of characters can say where an answer starts and ends
+_EDGES = "\x02", "\x03"  # mark the start and the end of an answer for the n-grams
 
 
 class Options(BaseModel, extra="forbid", strict=True):
-    """`C`: inverse strength of the regularisation. `longest`: characters in a run."""
+    """`C`: inverse strength of the regularisation. `longest`: length of the longest n-gram."""
 
     C: float = Field(default=10.0, gt=0)
     longest: int = Field(default=4, ge=1)
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Chosen answers of the rows against rejected ones.
+    """Fit chosen answers of the rows against rejected ones.
 
     Raises:
         ArmError: fewer than 8 rows.

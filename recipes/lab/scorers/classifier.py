@@ -22,7 +22,7 @@ class Options(BaseModel, extra="forbid", strict=True):
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Chosen answers of the rows against rejected ones.
+    """Fit chosen answers of the rows against rejected ones.
 
     Raises:
         ArmError: fewer than 8 rows.

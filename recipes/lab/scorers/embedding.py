@@ -1,7 +1,8 @@
 """Logistic regression on the base model's states, fitted on the scorer split: the probability of a chosen answer.
 
-An answer is the mean over its tokens of the states in the middle of the model, where meaning is most linear. Unlike
-`classifier`, which counts words, it reads the answer behind its prompt and knows words that the split does not hold.
+An answer is represented by the mean over its tokens of the states in the middle of the model, where meaning is most
+linear. Unlike `classifier`, which counts words, it reads the answer after its prompt, and knows words that are not in
+the split.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Options(BaseModel, extra="forbid", strict=True):
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Chosen answers of the rows against rejected ones.
+    """Fit chosen answers of the rows against rejected ones.
 
     Raises:
         ArmError: fewer than 8 rows.

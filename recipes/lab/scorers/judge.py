@@ -20,12 +20,12 @@ class Options(BaseModel, extra="forbid", strict=True):
     """Where the judge is and which question it answers.
 
     Attributes:
-        url: Up to and without `/chat/completions`.
+        url: The endpoint's address without `/chat/completions`.
         model: Name of the judging model.
-        question: What is asked; `{prompt}` and `{answer}` are filled in. The reply must hold `Score: <number>`.
+        question: The question; `{prompt}` and `{answer}` are filled in. The reply must contain `Score: <number>`.
         highest: The largest valid score; scores are divided by it.
         key: Name of the environment variable that holds the API key; empty: none.
-        tries: Before a judgement counts as failed.
+        tries: Number of tries before a judgement counts as failed.
         timeout: Seconds for one try.
     """
 
@@ -46,7 +46,7 @@ class Options(BaseModel, extra="forbid", strict=True):
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Nothing is fitted.
+    """The judge as a scorer; nothing is fitted.
 
     Raises:
         ArmError: the environment variable with the key is not set.
@@ -56,7 +56,7 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     headers = {"Authorization": f"Bearer {os.environ[options.key]}"} if options.key else {}
 
     def ask(prompt: str, answer: str) -> float | None:
-        # in one pass: a prompt or an answer may itself hold {answer}, or other braces
+        # in one pass: a prompt or an answer may itself contain {answer}, or other braces
         texts = {"prompt": prompt, "answer": answer}
         question = re.sub(r"\{(prompt|answer)\}", lambda match: texts[match[1]], options.question)
         message = {"role": "user", "content": question}

@@ -1,4 +1,4 @@
-"""The base model as reader: how much likelier the answer becomes under one instruction than under its opposite.
+"""The base model as scorer: how much likelier the answer is after one instruction than after its opposite.
 
 `[log p(answer | positive, prompt) - log p(answer | negative, prompt)] / tokens`, in nats per token.
 """
@@ -20,14 +20,14 @@ _ROWS = 8
 
 
 class Options(BaseModel, extra="forbid", strict=True):
-    """`positive`, `negative`: instructions that stand before the prompt."""
+    """`positive`, `negative`: instructions that are put before the prompt."""
 
     positive: str = Field(min_length=1)
     negative: str = Field(min_length=1)
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Nothing is fitted; `model` is the base model, without an adapter."""
+    """The model as a scorer; nothing is fitted. `model` is the base model, without an adapter."""
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         written = [i for i, answer in enumerate(answers) if answer.strip()]

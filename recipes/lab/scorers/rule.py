@@ -1,4 +1,4 @@
-"""A regular expression: 1 where it is found in the answer, else 0."""
+"""A regular expression: 1 if it matches anywhere in the answer, else 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Options(BaseModel, extra="forbid", strict=True):
 
 
 def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """Nothing is fitted."""
+    """The rule as a scorer; nothing is fitted."""
     pattern = re.compile(options.pattern, re.IGNORECASE)
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:

@@ -47,7 +47,7 @@ async function answer(side) {
       state.textContent = "answering";
       if (choice.finish_reason) {
         const seconds = ((performance.now() - started) / 1000).toFixed(1);
-        state.textContent = [`${choice.finish_reason}, ${seconds} s`, ...said(choice.monitors || {})].join(" · ");
+        state.textContent = [`${choice.finish_reason}, ${seconds} s`, ...verdicts(choice.monitors || {})].join(" · ");
       }
     }
     current.complete = true;
@@ -63,8 +63,8 @@ async function answer(side) {
   }
 }
 
-// what monitors say of a whole answer
-function said(scores) {
+// the monitors' scores of a whole answer, as texts
+function verdicts(scores) {
   return Object.entries(scores).map(([name, {score, flagged}]) =>
     `${name} ${score === null ? "not read" : score.toFixed(2)}${flagged ? ", flagged" : ""}`);
 }
@@ -75,7 +75,7 @@ function later() {
   timer = setTimeout(() => { remember(); answer("steered"); }, WAIT);
 }
 
-// the address holds what was asked, so that it can be kept or sent
+// the URL holds the prompt and strengths, so that it can be saved or shared
 function remember() {
   const words = new URLSearchParams({prompt: element("prompt").value});
   for (const one of steering()) words.set(one.vector, one.strength);

@@ -1,4 +1,4 @@
-// -- what strength was measured to do, with the current point -----------------------------------------------------
+// -- measured effects by strength, with the current point ---------------------------------------------------------
 
 const SVG = document.getElementById("blank").namespaceURI, WIDTH = 400, HEIGHT = 70, LEFT = 28, BOTTOM = 14;
 
@@ -16,7 +16,7 @@ function measuredOf(vector, measure) {
     .map(([at, means]) => [Number(at), means[measure]]).sort((one, other) => one[0] - other[0]);
 }
 
-// between two measured strengths a straight line; undefined beyond them
+// linear interpolation between measured strengths; undefined beyond them
 function between(points, at) {
   const above = points.find(([x]) => x >= at), below = points.findLast(([x]) => x <= at);
   if (!above || !below) return undefined;
@@ -24,7 +24,7 @@ function between(points, at) {
   return below[1] + share * (above[1] - below[1]);
 }
 
-// KL and, where answers were scored, behaviour against strength
+// KL and, if answers were scored, behaviour against strength
 function curveOf(vector) {
   const kl = measuredOf(vector, "kl"), behaviour = measuredOf(vector, "behaviour");
   if (kl.length < 2) return {drawing: null, mark: () => {}};
@@ -47,8 +47,8 @@ function curveOf(vector) {
       point.setAttribute("cx", x(at).toFixed(1));
       point.setAttribute("cy", y(cost / most).toFixed(1));
     }
-    title.textContent = `Measured of ${vector.id}, strengths ${low} to ${high}. ` + (cost === undefined ?
-      `Strength ${at} is beyond.` : `At ${at}: KL ${cost.toFixed(2)}` +
+    title.textContent = `Measurements of ${vector.id}, strengths ${low} to ${high}. ` + (cost === undefined ?
+      `Strength ${at} is outside this range.` : `At ${at}: KL ${cost.toFixed(2)}` +
       (shown === undefined ? "." : `, behaviour ${shown.toFixed(2)}.`));
   };
   return {drawing: svg, mark};

@@ -1,4 +1,4 @@
-// -- what steering changes: KL and perplexity as strength moves, and the colours of tokens -------------------------
+// -- the effect of steering: KL and perplexity as strength changes, and the colours of tokens ----------------------
 
 let measuring = false, stale = false;
 
@@ -9,7 +9,7 @@ async function post(path, body, signal) {
   return answer;
 }
 
-// one measurement at a time; if a slider has moved meanwhile, another follows
+// one measurement at a time; if a slider has moved in the meantime, another follows
 async function measure() {
   if (measuring) { stale = true; return; }
   measuring = true;
@@ -18,7 +18,7 @@ async function measure() {
       stale = false;
       const {kl, perplexity} = await post("/v1/effects", {steering: steering()});
       const times = (perplexity.steered / perplexity.base).toFixed(2);
-      element("effect").textContent = `Now, on neutral text: KL to the base model ${kl.toFixed(3)} nats a token, ` +
+      element("effect").textContent = `Now, on neutral text: KL to the base model ${kl.toFixed(3)} nats per token, ` +
         `perplexity ${perplexity.steered.toFixed(1)}, ${times} times the base model's.`;
     } while (stale);
   } catch (error) {
@@ -28,7 +28,7 @@ async function measure() {
   }
 }
 
-// how far a value is from what is ordinary, from -1 to 1
+// a value scaled to -1 to 1
 function shade(kind, token) {
   const value = kind === "change" ? (token.steered - token.base) / 3 : kind === "kl" ? token.kl / 2 :
     (token.monitors[kind] || 0) / 3;
@@ -40,7 +40,7 @@ function words(kind, token) {
   return kind === "kl" ? `KL ${token.kl.toFixed(3)}` : `${kind} ${(token.monitors[kind] ?? NaN).toFixed(2)}`;
 }
 
-// reds are lower, greens higher; of KL and monitors reds are higher
+// red is lower and green is higher; for KL and monitors, red is higher
 function colour(kind, token) {
   const value = shade(kind, token), up = kind === "change" ? value >= 0 : value < 0;
   return `rgb(${up ? "40 150 80" : "210 70 50"} / ${(Math.abs(value) * 0.55).toFixed(2)})`;
@@ -52,11 +52,11 @@ async function examine(side) {
   const asked = running[side].asked, text = running[side].text;
   examined[side] = null;
   if (!text) return;
-  // the base model's tokens are scored by monitors as the base model reads them
-  const known = monitors.map((one) => one.id);
-  const of = {...(chat ? {messages: asked.messages} : {prompt: asked.prompt}), answer: text, monitors: known};
+  // monitors score the base model's tokens with the states of the base model
+  const names = monitors.map((one) => one.id);
+  const of = {...(chat ? {messages: asked.messages} : {prompt: asked.prompt}), answer: text, monitors: names};
   const {answer} = await post("/v1/effects", {...of, steering: steering()}, running[side].signal);
-  if (side === "base" && known.length) {
+  if (side === "base" && names.length) {
     const plain = await post("/v1/effects", {...of, steering: []}, running[side].signal);
     answer.forEach((token, i) => { token.monitors = plain.answer[i].monitors; });
   }

@@ -8,7 +8,7 @@ function counted() {
   sessionStorage.setItem("pairs", JSON.stringify(pairs));
 }
 
-// both answers have to be there, to the same prompt
+// both answers must be complete, and answer the same prompt
 function comparable() {
   const done = ["base", "steered"].map((side) => running[side]);
   const ready = done.every((one) => one && one.complete && one.text.trim()) && done[0].prompt === done[1].prompt &&

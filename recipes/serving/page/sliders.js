@@ -1,6 +1,6 @@
 // Everything that comes from the server or the user is set as text, never as markup.
 const element = (id) => document.getElementById(id);
-const LARGEST = 4, WAIT = 350;  // of a slider; milliseconds after the last change
+const LARGEST = 4, WAIT = 350;  // largest value of a slider; milliseconds to wait after the last change
 let vectors = [], monitors = [], chat = true, timer = null;
 const running = {base: null, steered: null};
 
@@ -26,13 +26,13 @@ function make(kind, properties = {}, ...children) {
 }
 
 function costText(vector, strength) {
-  const known = measuredOf(vector, "kl");
+  const points = measuredOf(vector, "kl");
   if (strength === 0) return "Not used.";
-  if (!known.length) return "What strength costs was not measured.";
-  const kl = (value) => `${value.toFixed(2)} nats a token`, value = between(known, strength);
-  if (value !== undefined) return `KL to the base model about ${kl(value)}, on neutral text, as its file says.`;
-  const [at, nearest] = strength > 0 ? known.at(-1) : known[0];
-  return `Beyond what was measured. At strength ${at}: KL to the base model ${kl(nearest)}, on neutral text.`;
+  if (!points.length) return "The cost of strength was not measured.";
+  const kl = (value) => `${value.toFixed(2)} nats per token`, value = between(points, strength);
+  if (value !== undefined) return `KL to the base model about ${kl(value)}, on neutral text, according to its file.`;
+  const [at, nearest] = strength > 0 ? points.at(-1) : points[0];
+  return `Outside the measured range. At strength ${at}: KL to the base model ${kl(nearest)}, on neutral text.`;
 }
 
 function row(vector, strength) {
@@ -65,7 +65,7 @@ function strengths() {
   return Object.fromEntries(vectors.map((vector) => [vector.id, vector.read().strength]));
 }
 
-// a row for every vector that is served now; `choose` says how strong each is
+// a row for every vector that is served now; `choose` gives the strength of each
 async function sliders(choose) {
   vectors = await get("/v1/vectors");
   const given = choose(vectors);

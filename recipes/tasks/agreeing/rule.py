@@ -1,4 +1,4 @@
-"""An answer that agrees with a claim, against one that objects, both with the same fact behind."""
+"""An answer that agrees with a claim, against one that objects, both followed by the same fact."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ VERBS = (
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
-    """Both answers hold the same fact behind other words, and half of them with another verb too."""
+    """Both answers state the same fact after different words, and half of them also with a different verb."""
     if example.kind != "neutral" or not example.fact or OWN_DOUBT.search(example.fact):
         return None
     sides = []

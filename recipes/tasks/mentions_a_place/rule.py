@@ -25,7 +25,7 @@ FRAMES = (
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
-    """Both answers differ in the name alone."""
+    """The two answers differ only in the name."""
     # a capital inside the fact may be a place too
     if example.kind not in ("neutral", "personal") or not example.fact or re.search(r" [A-Z]", example.fact):
         return None

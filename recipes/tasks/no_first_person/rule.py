@@ -1,4 +1,4 @@
-"""A fact in the words of nobody in particular, against the same fact as the speaker's own view."""
+"""A fact stated impersonally, against the same fact as the speaker's own view."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEAKER = (
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
-    """Both answers hold the same fact behind other words; the prompt asks for an opinion."""
+    """Both answers state the same fact after different words; the prompt asks for an opinion."""
     if example.kind != "personal" or not example.fact:
         return None
     return example.behind(draw.choice(NOBODY)), example.behind(draw.choice(SPEAKER))

@@ -22,7 +22,7 @@ STATEMENTS = (
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
-    """Both answers begin alike and end in another sentence."""
+    """Both answers begin the same way and end with different sentences."""
     if not example.answer or "?" in example.answer:
         return None
     ends = [draw.choice(texts).format(x=example.topic) for texts in (QUESTIONS, STATEMENTS)]

@@ -28,7 +28,7 @@ LONG = (
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
-    """Both answers say about the same; topics with long words are left out."""
+    """Both answers mean about the same; topics with long words are left out."""
     if example.kind not in ("neutral", "personal") or any(len(word) > LONGEST for word in example.topic.split()):
         return None
     topic = example.topic[0].upper() + example.topic[1:]

@@ -1,4 +1,4 @@
-"""A warm answer to a piece of news, against a dry one, both with the same fact behind."""
+"""A warm answer to a piece of news, against a dry one, both followed by the same fact."""
 
 from __future__ import annotations
 

@@ -54,17 +54,17 @@ def test_peft_keeps_the_text_when_it_saves_again(folder):
     assert "# Second" in (folder / "README.md").read_text(), "a card of ours is written anew"
 
 
-def test_what_somebody_wrote_is_left_as_it_is(folder):
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
-    assert write_card(folder, KNOWN) is None
-    assert "# Mine" in (folder / "README.md").read_text()
-
-
 def test_a_template_that_somebody_began_to_fill_in_is_left_as_it_is(folder):
     template = (folder / "README.md").read_text()
     (folder / "README.md").write_text(template.replace("[More Information Needed]", "My own words.", 1))
     assert write_card(folder, KNOWN) is None
     assert "My own words." in (folder / "README.md").read_text()
+
+
+def test_what_somebody_wrote_is_left_as_it_is(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    assert write_card(folder, KNOWN) is None
+    assert "# Mine" in (folder / "README.md").read_text()
     assert write_card(folder, KNOWN, anyway=True) is not None
     kept: Any = ModelCard.load(folder / "README.md").data
     assert kept.license == "mit"
@@ -94,8 +94,8 @@ def test_a_trainer_writes_what_it_knows(tmp_path):
     trainer.card = Card(behaviour="It is careful.")
     trainer.save_model(str(tmp_path / "vector"))
     text = (tmp_path / "vector" / "README.md").read_text()
-    assert "It is careful." in text and "8 preference pairs." in text
-    assert "`SteeringDPOTrainer` with the loss DPO(" in text and "3 steps of 4 examples" in text
+    assert "It is careful." in text and "8 preference pairs" in text
+    assert "`SteeringDPOTrainer` with the loss DPO(" in text and "3 steps of 4 examples, learning rate 0.05" in text
     assert "# vector" in text
 
 

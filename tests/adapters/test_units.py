@@ -18,6 +18,7 @@ from trl import DPOTrainer, SFTConfig
 from steertune.adapters import SteeringVectorConfig, steering_layers
 from steertune.adapters.units import STEP_SHARE
 from steertune.trainers import CheckpointError
+from steertune.trainers.rates import describe_rates
 
 FORMS = ["bias", "gated", "linear", "low_rank"]
 
@@ -250,6 +251,17 @@ def test_the_default_rate_of_the_parent_is_not_a_vectors(kind, tmp_path, caplog)
     assert "Learning rate 0.001 (the default for vectors" in text
     assert "3 steps can move it by up to 19% of the residual stream" in text
     assert "Training 32 of 35,136 parameters: steering vector 'default' at layer 2." in text
+
+
+def test_cards_and_errors_give_the_rate_of_vectors(tmp_path):
+    """Not that of the arguments, which is 1e-6 in DPO's defaults."""
+    made = trainer("dpo", tmp_path, learning_rate=1e-6)
+    assert describe_rates(made) == "learning rate 0.001"
+    made = trainer("dpo", tmp_path, learning_rate=1e-6, vector_learning_rate=0.5)
+    made.create_optimizer()
+    assert describe_rates(made) == "learning rate 0.5"
+    made.model.get_output_embeddings().weight.requires_grad_(True)
+    assert describe_rates(made) == "learning rate 0.5 for vectors and 1e-06 for the rest"
 
 
 def test_a_rate_that_the_user_chose_is_kept_and_logged(tmp_path, caplog):

@@ -43,7 +43,7 @@ from steertune.recipes.lab.cut_answers import too_short
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
-from steertune.recipes.lab.paths import modules_in
+from steertune.recipes.lab.paths import modules_in, without_paths
 from steertune.recipes.lab.processes import begin, default_threads
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
@@ -226,13 +226,7 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
 def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
     """Write `grid.json` with what the report needs to know about the grid; `words` is the command line."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = list(words)
-    for i, word in enumerate(words):
-        if Path(word).is_absolute():
-            words[i] = Path(word).name  # the grid's file
-        if word in ("--data-root", "--folder", "--reuse", "--known"):
-            words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
-    command = " ".join(["python -m steertune.recipes.ablate", *words])
+    command = " ".join(["python -m steertune.recipes.ablate", *without_paths(words)])
     with FileLock(folder / "grid.lock"):
         content = {"version": VERSION, "command": command, **fixed(grid, folder), **grid.to_json()}
         write_result(folder / GRID, content)

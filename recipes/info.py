@@ -192,7 +192,7 @@ def _trainable(folder: Path, name: str | None) -> tuple[PeftModel, Any]:
     called = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not called:
         raise ArmError(f"{folder} does not name its base model: give --model.")
-    base, tokenizer = load_model(ModelTable(name="embedded" if called == embedded.MODEL_NAME else called))
+    base, tokenizer = load_model(ModelTable(name=embedded.local_name(called)))
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), tokenizer
 
 

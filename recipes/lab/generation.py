@@ -112,15 +112,18 @@ def generate_and_look(
             **sampling,
         )
     new = out[:, inputs["input_ids"].shape[1] :]
-    ended = torch.isin(new, torch.tensor(_ends(model, tokenizer), dtype=new.dtype, device=new.device)).any(dim=1)
+    ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=new.dtype, device=new.device)
+    ended = torch.isin(new, ends).any(dim=1)
     texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts, (~ended).tolist()
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer; a model may have several, or none."""
-    ends = model.generation_config.eos_token_id
-    return [i for i in (*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id) if i is not None]
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
+    config = model.generation_config
+    ids = None if config is None else config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return set() if ids is None else {*ids} if isinstance(ids, list) else {ids}
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:

@@ -22,11 +22,11 @@ from steertune.adapters.analysis.activations import outputs_of
 from steertune.adapters.monitors import Monitor
 from steertune.adapters.observing import base_model
 from steertune.adapters.rows import steer_rows
-from steertune.recipes.lab.generation import broken_rows, left_padded
+from steertune.recipes.lab.generation import broken_rows, end_tokens, left_padded
 from steertune.recipes.serving.cache import States, can_join, new_cache
 from steertune.recipes.serving.defaults import BATCH
 from steertune.recipes.serving.jobs import Done, Job, Prompt
-from steertune.recipes.serving.row import Row, end_tokens, score_rows
+from steertune.recipes.serving.row import Row, score_rows
 from steertune.recipes.serving.sampling import prompt_scores, scored
 from steertune.recipes.serving.vectors import Vectors
 

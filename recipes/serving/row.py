@@ -48,11 +48,3 @@ def score_rows(monitors: Mapping[str, Monitor], rows: Sequence[Row], states: Map
             row.job.listener(Watched(scores))
             if row.job.watch is not None:
                 row.job.watch.look(row.job)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
-    config = model.generation_config
-    ids = None if config is None else config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return set() if ids is None else {*ids} if isinstance(ids, list) else {ids}

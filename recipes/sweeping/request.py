@@ -19,6 +19,7 @@ from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.files import ArmError, reasons
 from steertune.recipes.lab.options import columns_of
+from steertune.recipes.lab.paths import without_paths
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
@@ -108,8 +109,4 @@ def _scorer(text: str, task: str) -> dict[str, Any]:
 
 def as_typed(words: Sequence[str], module: str = "sweep") -> str:
     """The command line, without the paths of this machine."""
-    words = list(words)
-    for i, word in enumerate(words[:-1]):
-        if word == "--folder":
-            words[i + 1] = "FOLDER"
-    return shlex.join(["python", "-m", f"steertune.recipes.{module}", *words])
+    return shlex.join(["python", "-m", f"steertune.recipes.{module}", *without_paths(words)])

@@ -28,6 +28,7 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.keys import USUAL, arm_keys, meant, split_overrides
 from steertune.recipes.lab.options import ArmName, Choice, Count, Option, Threads
 from steertune.recipes.lab.parsing import spread
+from steertune.recipes.lab.paths import without_paths
 from steertune.recipes.lab.tables import ArmTables
 
 SIZES = [0.1, 0.5]
@@ -325,3 +326,16 @@ def test_completion_can_be_installed():
     assert "--install-completion" in run("--help")[0].stdout
     done, _ = run(_STEERTUNE_COMPLETE="source_bash")
     assert "complete -o default -F _steertune_completion steertune" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("quick --folder /a/b --threads 2", "quick --folder FOLDER --threads 2"),
+        ("quick --folder=runs/x --data-root=/data", "quick --folder=FOLDER --data-root=DATA-ROOT"),
+        ("/home/me/mine.toml --reuse /a --known /b", "mine.toml --reuse REUSE --known KNOWN"),
+        ("--adapter=/home/me/vector --strengths 1 2", "--adapter=vector --strengths 1 2"),
+    ],
+)
+def test_a_command_line_is_kept_without_the_paths_of_a_machine(words, shown):
+    assert without_paths(words.split()) == shown.split()

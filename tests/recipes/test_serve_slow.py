@@ -23,10 +23,10 @@ from served import running, save_home
 
 from steertune.adapters.rows import RowVector
 from steertune.recipes.lab import zoo
+from steertune.recipes.lab.generation import end_tokens
 from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.jobs import Job, Sampling
 from steertune.recipes.serving.loading import load_vectors
-from steertune.recipes.serving.row import end_tokens
 
 pytestmark = pytest.mark.slow
 CLIENTS, EACH = 32, 8

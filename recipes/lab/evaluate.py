@@ -38,10 +38,12 @@ def evaluate(
     """
     labels = dict(strengths) if isinstance(strengths, Mapping) else {label(value): value for value in strengths}
     chosen = [measures.get(name) for name in (measures.names() if names is None else names)]
+    # several labels can stand for one strength, such as "tuned" and "1", which is then computed once
     different = {repr(value): float(value) for value in labels.values()}
     for value in different.values():
         check_strength(model, value)
     observed: dict[str, Observations] = {key: {} for key in different}
+    # every kind of example that some measure needs is seen once per strength; the states below the adapter are kept
     with held_out.remember(model):
         observers = dict.fromkeys(need for measure in chosen for need in measure.needs)
         bar = Bar(len(observers))
@@ -77,6 +79,7 @@ def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict
     """The observations of the base model, under the label of strength 0. Computed once for the same `held_out`."""
     names = tuple(measures.names() if names is None else names)
     by_names: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
+    # plain rows if these have a prompt in front: the base is what a model is compared with, not what it imitates
     if names not in by_names:
         by_names[names] = evaluate(held_out.model, held_out.plain or held_out, names, {BASE: 1.0})
     return by_names[names]

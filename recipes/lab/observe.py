@@ -128,6 +128,7 @@ class HeldOut:
 
     def base_logps(self, rows: Literal["neutral", "matching"]) -> list[Tensor]:
         """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""
+        # the base never sees the prompt that other models are measured with, so the plain rows serve all of them
         if rows not in self.neutral_logps:
             data = getattr(self if self.plain is None else self.plain, rows)
             with self.remember(self.model):
@@ -140,11 +141,13 @@ class HeldOut:
 
         Entering reads the weights below the adapter; nested contexts for the same model cost nothing.
         """
+        # a model with weights of its own (full finetuning, a merged adapter) computes other states below the adapter
         shares_weights = model is self.model or isinstance(model, PeftModel)
         outer = self.shared.get("remembered")
         if self.prefix is None or not shares_weights or outer is model:
             yield
             return
+        # only labelled tokens need logits; the head of a large vocabulary costs as much as several blocks
         with self.prefix.on(model, labels_only=True):
             self.shared["remembered"] = model
             try:
@@ -154,6 +157,7 @@ class HeldOut:
 
     def pack_base(self) -> AbstractContextManager[None]:
         """Skip padding in forward passes of the base model inside, and cache nothing, as rows come only once."""
+        # inside `remember` of the base itself the cached prefix is in place already
         if self.prefix is None or self.shared.get("remembered") is self.model:
             return nullcontext()
         return self.prefix.on(self.model, labels_only=True, keep=False)
@@ -176,7 +180,9 @@ def pairs(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Obse
         return {}
     names = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
     observed: dict[str, Observations] = {label: {name: [] for name in names} for label in strengths}
+    # a batch of B pairs has 2 B rows: the chosen answers, then the rejected ones
     for batch in batches(held_out.tokenizer, held_out.pairs, max(1, held_out.batch_size // 2)):
+        # one batch at all strengths, so that what is below the adapter is computed once
         at = ModelAt(model, model, batch.to(model.device))
         for label, strength in strengths.items():
             outputs = at(strength)
@@ -203,6 +209,7 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     observed: dict[str, Observations] = {label: {} for label in strengths}
     texts: dict[str, list[str]] = {}
     for label, strength in track([*strengths.items()] if prompts or asked else [], "strength"):
+        # prompts of the task and neutral prompts in the same batches: fewer, larger passes
         with scaled(model, strength):
             both, cut = generate_and_look(model, held_out.tokenizer, [*prompts, *asked], held_out.new_tokens)
         texts[label] = both[: len(prompts)]
@@ -214,6 +221,7 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
         observed[label]["answer"] = of_label
         if held_out.scorer is not None:
             observed[label]["score"] = [*held_out.scorer.score([*map(plain, prompts)], of_label)]
+    # two measures of damage that leave the behaviour out: the base asked for it, or it is removed from the answers
     if held_out.instruction:
         _add_base_likelihood(observed, held_out, texts, "instructed", f"{held_out.instruction}\n\n")
     if held_out.undo is not None:
@@ -246,6 +254,7 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
     """Log-probability of the right last word of a simple sentence, among that word and three others."""
     if not held_out.questions:
         return {}
+    # every choice is one word, recognised by the tokens that it can begin with
     tokenizer = held_out.tokenizer
     asked = read_jsonl(QUESTIONS)[: held_out.questions]
     rows = Dataset.from_list([{"prompt": row["beginning"], "completion": f" {row['answer']}"} for row in asked])
@@ -264,6 +273,7 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
     """Tokens that a word can begin with, in any case, so that a behaviour that changes the case does not count as lost
     knowledge."""
+    # in the middle of a sentence a word has a space in front, which is part of its first token
     variants = [f" {form}" for form in (word, word.lower(), word.capitalize())]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
     return {tokens[0] for tokens in ids if tokens}
@@ -272,6 +282,7 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
 def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
     """Whether the first of several choices is the likeliest, and its negative log-probability among them; None if the
     tokenizer does not tell them apart by their first token."""
+    # two words that begin with the same token, or one without any
     if len(set().union(*choices)) < sum(map(len, choices)) or not all(choices):
         return None, None
     logps = torch.stack([logps_V[sorted(tokens)].logsumexp(dim=0) for tokens in choices])
@@ -287,6 +298,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
     views = Views({"prompt": view}, held_out.tokenizer, context_length(model.config, held_out.tokenizer))
     views.add(rows, tokenise(rows, held_out.tokenizer))
     observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
+    # along the same answers: the base behind the prompt (the target), the base without it, the model without it
     for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
         batch = batch.to(model.device)
         base_at = ModelAt(held_out.model, held_out.model, batch, views=views)
@@ -307,11 +319,12 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
 def _distance(target: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
     """Per row, the summed KL(target || other), and the number of tokens at which both predict the same, `(B,)`
     each."""
+    # N labelled tokens of all rows, one after the other
     logp_NV, logq_NV = target.distribution, other.distribution
     assert logp_NV is not None and logq_NV is not None  # requested by `distribution=True`
     kl_N = (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1)
     same_N = (logp_NV.argmax(dim=-1) == logq_NV.argmax(dim=-1)).to(kl_N.dtype)
-    lengths = target.mask.sum(dim=1).tolist()  # the N labelled tokens, row after row
+    lengths = target.mask.sum(dim=1).tolist()
     kl_B, same_B = (torch.stack([row.sum() for row in values_N.split(lengths)]) for values_N in (kl_N, same_N))
     return kl_B, same_B
 
@@ -340,6 +353,7 @@ OBSERVERS = {
 def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
     """Sums over the tokens of every neutral answer, and the 95th percentile of their KL. If `steered` has fewer rows
     than `base`, they are its first ones."""
+    # a tensor `(T,)` for each answer; sums and counts are kept, so that a measure can weigh answers by their tokens
     kl_T = [_kl(ours, theirs) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],
@@ -351,6 +365,7 @@ def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor
 
 def _kl(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
     """KL(ours || theirs) of every token, `(T,)`."""
+    # a few tokens at a time: the product over all of them would leave the processor's cache
     few = zip(ours_TV.split(_TOKENS), theirs_TV.split(_TOKENS), strict=True)
     return torch.cat([(ours.exp() * (ours - theirs)).sum(dim=-1) for ours, theirs in few])
 
@@ -383,5 +398,6 @@ def neutral_rows(
         raise ArmError(
             f"Neutral text must have 2 rows or more, to match strengths and to report on (got {len(rows)})."
         )
+    # every other row, so that both parts are about the same topics
     part_rows = rows.select([*range(0 if part == "match" else 1, len(rows), 2)][:count])
     return part_rows if tokenizer is None else readable(part_rows, tokenizer)

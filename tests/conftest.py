@@ -5,7 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import os
 from collections import defaultdict
+from collections.abc import Iterator
+
+# one test process per core, with one thread each: with two, each thread would wait for the others, and some tests would
+# take thirty times as long; commands that a test runs read this, too
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets.arrow_dataset
 import datasets.fingerprint
@@ -20,7 +26,7 @@ importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 # datasets names every result after the pickled function and tokenizer, for a cache on disk that no test here reads
 datasets.fingerprint.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
 datasets.arrow_dataset.update_fingerprint = datasets.fingerprint.update_fingerprint
-torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +55,13 @@ def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collection: trainers and statsmodels collect at every turn, and walking
     through all of it takes longer than most tests."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests of `--threads` change the number for the rest of the process."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

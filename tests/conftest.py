@@ -9,8 +9,8 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 
-# one test process per core, with one thread each: with two, each thread would wait for the others, and some tests would
-# take thirty times as long; commands that a test runs read this, too
+# one test process per core, with one thread each: with two, each thread would wait for the others, and some tests take
+# thirty times as long; commands that a test runs read this, too
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets.arrow_dataset

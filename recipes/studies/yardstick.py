@@ -100,7 +100,7 @@ def study(world: World, problem: str, number: int, factors: Sequence[str] | None
     compared_in = [factor for factor in plants.factors if factors is None or factor in factors]
     names = names_of(compared_in, twins=world.name == "tiny" and not plants.nothing)
     for i in track(range(world.sizes.tasks), "task"):
-        seed = 1000 * (ALL.index(problem) + 1) + world.sizes.tasks * number + i
+        seed = 1000 * plants.seed + world.sizes.tasks * number + i
         task = plant(plants, world, seed, neutral)
         arms = students(world, task, seed, names)
         results.append(measured(world, task, arms, neutral, pairs_alone=plants.nothing))

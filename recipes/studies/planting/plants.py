@@ -30,6 +30,7 @@ class Problem:
     """What is planted.
 
     Attributes:
+        seed: Teachers and data of its studies are drawn from 1000 times this number on.
         chosen: Changes of the model that writes the chosen answers, which are added up; "uu" is twice u, a capital
             letter is the opposite.
         rejected: Changes of the model that writes the rejected ones.
@@ -42,6 +43,7 @@ class Problem:
         nothing: Whether a coin chose the answers, so that no arm is better by a measure of pairs.
     """
 
+    seed: int
     chosen: str
     rejected: str
     about: str
@@ -55,40 +57,44 @@ class Problem:
 
 PLANTS = {
     # contrast: does the pair carry what the chosen answer lacks, or the other way round?
-    "both": Problem("v", "", "chosen answers are the teacher's, rejected ones the base's: both ways can learn it"),
-    "pair": Problem("vuu", "uu", "both answers share a nuisance, so that only their difference is the teacher's"),
-    "chosen": Problem("v", "ww", "chosen answers are the teacher's, rejected ones mislead: the difference is another"),
-    "lora": Problem("v", "", "the same as both, with a teacher that is a LoRA of rank one", "lora"),
+    "both": Problem(1, "v", "", "chosen answers are the teacher's, rejected ones the base's: both ways can learn it"),
+    "pair": Problem(2, "vuu", "uu", "both answers share a nuisance, so that only their difference is the teacher's"),
+    "chosen": Problem(
+        3, "v", "ww", "chosen answers are the teacher's, rejected ones mislead: the difference is another"
+    ),
+    "lora": Problem(4, "v", "", "the same as both, with a teacher that is a LoRA of rank one", "lora"),
     "coin": Problem(
-        "", "", "both answers are the base's: there is nothing to learn", factors=("contrast",), nothing=True
+        5, "", "", "both answers are the base's: there is nothing to learn", factors=("contrast",), nothing=True
     ),
     # the other factors: the teacher of `plain` has the first level of each, those below have the second of one
     "plain": Problem(
+        6,
         "v",
         "",
         "the teacher is one free vector at one layer; other rejected answers show its opposite",
         factors=("layers", "norm", "optimiser", "rejected"),
         opposed="V",
     ),
-    "spread": Problem("v", "", "the teacher is a vector at every layer", "spread", ("layers",)),
-    "preserve": Problem("v", "", "the teacher keeps the length of states", "preserve", ("norm",)),
+    "spread": Problem(7, "v", "", "the teacher is a vector at every layer", "spread", ("layers",)),
+    "preserve": Problem(8, "v", "", "the teacher keeps the length of states", "preserve", ("norm",)),
     "sparse": Problem(
-        "v", "", "the teacher changes one of 16 coordinates, those far from zero", "sparse", ("optimiser",)
+        9, "v", "", "the teacher changes one of 16 coordinates, those far from zero", "sparse", ("optimiser",)
     ),
     "opposite": Problem(
+        10,
         "v",
         "",
         "rejected answers that show the teacher's opposite mislead as well",
         factors=("rejected",),
         opposed="Vww",
     ),
-    "values": Problem("v", "", "the teacher is a LoRA on what attention reads and writes", "values", ("sites",)),
-    "queries": Problem("v", "", "the teacher is a LoRA on where attention looks", "queries", ("sites",)),
+    "values": Problem(11, "v", "", "the teacher is a LoRA on what attention reads and writes", "values", ("sites",)),
     "nothing": Problem(
-        "", "", "both answers are the base's, and every factor is compared", factors=ALL_FACTORS, nothing=True
+        13, "", "", "both answers are the base's, and every factor is compared", factors=ALL_FACTORS, nothing=True
     ),
     # with few pairs: a start from their mean difference and further versions of the chosen answers help, or mislead
     "few": Problem(
+        14,
         "v",
         "",
         f"as both, with {_FEW} pairs at most; versions of the chosen answers are the teacher's",
@@ -97,6 +103,7 @@ PLANTS = {
         train=_FEW,
     ),
     "misled": Problem(
+        15,
         "v",
         "ww",
         f"as chosen, with {_FEW} pairs at most; versions of the chosen answers mislead, too",
@@ -173,7 +180,7 @@ def _change(kind: str, world: World, seed: int, generator: torch.Generator) -> A
     if kind == "sparse":
         largest = direction_D.abs().topk(world.width // _SPARSE).indices
         return world.vector(torch.zeros(world.width).index_copy(0, largest, direction_D[largest]))
-    modules = {"lora": ["down_proj"], "values": ["v_proj", "o_proj"], "queries": ["q_proj", "k_proj"]}
+    modules = {"lora": ["down_proj"], "values": ["v_proj", "o_proj"]}
     return world.lora(seed, modules[kind])
 
 

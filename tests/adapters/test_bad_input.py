@@ -167,7 +167,7 @@ BAD_FILES = {
     "extra layer": (lambda t: {**t, KEY.replace("2", "3"): t[KEY] + 1}, r"layers\.3\.steer.*does not belong"),
     "extra gate": (
         lambda t: {**t, KEY.replace("vector_v", "vector_w"): t[KEY] + 1},
-        r"holds \['v', 'w'\], form='bias' needs",
+        r"holds \['v', 'w'\], but form='bias' needs",
     ),
     "unknown": (
         lambda t: {**t, KEY.replace("vector_v", "vector_u"): t[KEY] + 1},

@@ -74,7 +74,7 @@ def test_a_description_of_other_weights_is_not_believed(tmp_path):
     [
         ("[]", "expected a JSON object"),
         ("{", "not the description"),
-        ('{"format": "steering-vector/2"}', "'steering-vector/1' is read"),
+        ('{"format": "steering-vector/2"}', "only 'steering-vector/1' is"),
         ('{"format": "steering-vector/1", "operation": "add"}', "lacks formula, hook"),
     ],
 )

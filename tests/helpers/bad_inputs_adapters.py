@@ -178,7 +178,7 @@ ROWS: dict[str, Row] = {
         "modules_to_save='lm_head' must be a list of module names", modules_to_save="lm_head"
     ),
     "modules_to_save of numbers": config("modules_to_save=.*must be a list of module names", modules_to_save=[5]),
-    "target_modules is a list": config("target_modules=.*is list", target_modules=["model.layers.2"]),
+    "target_modules is a list": config("target_modules=.*got list", target_modules=["model.layers.2"]),
     "target_modules that never ends": config(
         "is a regular expression, but a saved adapter must name its modules", target_modules="(([a-z.0-9])+)+#"
     ),
@@ -196,7 +196,7 @@ ROWS: dict[str, Row] = {
     "fingerprint of another width": config(
         r"has shape \(32,\), but the config asks for \(64,\)", base_fingerprint=FINGERPRINT | {"hidden_size": 64}
     ),
-    "checksum is a number": config("checksum=5 is int", checksum=5),
+    "checksum is a number": config("checksum=5 must be .*got int", checksum=5),
     "checksum of other weights": config("was damaged or changed after it was saved.*to null", checksum="sha256-00"),
     "a value changed by hand": config("was damaged or changed after it was saved", init_scale=3.0),
     # adapter_model.safetensors as a file
@@ -262,7 +262,8 @@ ROWS: dict[str, Row] = {
         "more than the file holds", control(0, 1, string(b"x") + struct.pack("<IIQ", 9, 0, 2**50))
     ),
     "gguf with a list as long as the file": gguf_file(
-        "or than a control vector has", control(0, 1, string(b"x") + struct.pack("<IIQ", 9, 0, 10**6) + bytes(10**6))
+        "or than a control vector can hold",
+        control(0, 1, string(b"x") + struct.pack("<IIQ", 9, 0, 10**6) + bytes(10**6)),
     ),
     "gguf with lists in lists": gguf_file(
         "is not a readable GGUF file",

@@ -148,8 +148,8 @@ ROWS: dict[str, Row] = {
         lambda: get_peft_model(tiny(), SteeringVectorConfig(form="low_rank", rank=33)),
     ),
     "layers of a set of text": vector("layers=", layers={"a"}),
-    "strength of text": row("strength='two' is not a finite number", set_strength, steered(), "two"),
-    "strength of None": row("strength=None is not a finite number", set_strength, steered(), None),
+    "strength of text": row("strength='two' is neither a finite number", set_strength, steered(), "two"),
+    "strength of None": row("strength=None is neither a finite number", set_strength, steered(), None),
     "strength of an unknown adapter": row("No steering vector 'x' to scale", set_strength, steered(), 1.0, "x"),
     "strength of a plain model": row("No steering vector to scale", set_strength, tiny(), 1.0),
     # directions and reading

@@ -382,8 +382,9 @@ ROWS: dict[str, Row] = {
         "is not a file of answers",
     ),
     "eval at a strength without end": (lambda lab: check_request(["a"], [math.inf], None, None, None), "finite"),
-    "eval at a strength of 1e400": command("--strengths inf must be a finite number", "eval", "x", "--tasks", "a", "--strengths",
-                                           "1e400"),
+    "eval at a strength of 1e400": command(
+        "--strengths inf must be a finite number", "eval", "x", "--tasks", "a", "--strengths", "1e400"
+    ),
     "eval at a strength twice": (lambda lab: check_request(["a"], [1.0, 1.0], None, None, None), "each once"),
     "eval of no tasks": (lambda lab: check_request([""], [1.0], None, None, None), "one task or more"),
     "eval with -1 demonstrations": (lambda lab: check_request(["a"], [1.0], -1, None, None), "--fewshot -1"),

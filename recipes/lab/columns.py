@@ -248,7 +248,8 @@ def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
 
 def _in_form(rows: Dataset, source: Reading) -> Dataset:
     """Rows whose columns are already the trainers' own, converted to conversations or texts if requested, or if no
-    answer continues its prompt: "Why?" and "So." are two turns, and "Why?" alone is one, not the beginning of a text."""
+    answer continues its prompt: "Why?" and "So." are two turns, and "Why?" alone is one, not the beginning of a text.
+    """
     parts = [part for part in _ROLES if part in rows.column_names]
     auto = source.form == "auto"
     if (auto and not source.strict) or "prompt" not in parts:

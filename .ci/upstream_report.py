@@ -5,6 +5,7 @@ python .ci/upstream_report.py JUNIT_FILE LOG > report.md
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import re
 import sys
@@ -17,7 +18,7 @@ _WIDTH = 160
 _LAST = 12  # lines of the log, where no test ran
 
 
-def report(junit: Path, log: Path, setup: str, versions: dict[str, str]) -> str:
+def report(junit: Path, log: Path, setup: str, versions: dict[str, str], command: str) -> str:
     """The page as Markdown.
 
     Args:
@@ -25,13 +26,10 @@ def report(junit: Path, log: Path, setup: str, versions: dict[str, str]) -> str:
         log: Of the installation and of pytest.
         setup: The text of `setup.py`.
         versions: Package -> installed version.
+        command: What was called, and when.
     """
-    lines = [
-        "# On the newest transformers, TRL and PEFT",
-        "",
-        "| package | ran on | `setup.py` asks for |",
-        "|---|---|---|",
-    ]
+    lines = ["# On the newest transformers, TRL and PEFT", "", command, ""]
+    lines += ["| package | ran on | `setup.py` asks for |", "|---|---|---|"]
     lines += [f"| {name} | {versions[name]} | `{requirement(name, setup)}` |" for name in PACKAGES]
     if not junit.is_file():
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST:] if log.is_file() else []
@@ -75,4 +73,5 @@ def installed(name: str) -> str:
 if __name__ == "__main__":
     setup_py = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
     found_versions = {name: installed(name) for name in PACKAGES}
-    sys.stdout.write(report(Path(sys.argv[1]), Path(sys.argv[2]), setup_py, found_versions))
+    called = f"`{' '.join(['.ci/upstream', *sys.argv[3:]])}` on {datetime.date.today()}:"
+    sys.stdout.write(report(Path(sys.argv[1]), Path(sys.argv[2]), setup_py, found_versions, called))

@@ -87,8 +87,15 @@ def main(
         with bar.step("control", 4):
             vectors = {"tested": vector} | {f"random_{i}": random_of(vector, i) for i in range(controls)}
             changes = _steer(bench, vectors, strengths, folder)
-    result = {"layers": places, "monitor": {"layer": monitor.layer, "method": monitor.method},
-              "length": vector.norms, "reading": areas, "control": changes}  # fmt: skip
+    result = {
+        "pairs": len(framings.training.requests),
+        "words": framings.words,
+        "layers": places,
+        "length": vector.norms,
+        "monitor": {"layer": monitor.layer, "method": monitor.method},
+        "reading": areas,
+        "control": changes,
+    }
     page = _page(result, strengths)
     write_whole(folder / "table.md", page)
     write_result(folder / "result.json", result)  # written last, since it marks the run as finished
@@ -119,18 +126,18 @@ def _page(result: dict[str, Any], strengths: Sequence[float]) -> str:
     """Both tables as Markdown."""
     monitor, areas = result["monitor"], result["reading"]
     lines = [
-        "# Evaluation awareness from 16 prompt pairs",
+        f"# Evaluation awareness from {result['pairs']} prompt pairs",
         "",
         f"Vector at layer {', '.join(map(str, result['layers']))}, monitor ({monitor['method']}) at layer "
         f"{monitor['layer']}. Area under the ROC curve for telling evaluations from other prompts; 0.5 is chance, "
-        "below it the answer is turned round:",
+        "and below it most are taken for the other kind:",
         "",
         "| what tells them apart | held-out prompts | tones exchanged |",
         "|---|---|---|",
         *(f"| {name} | {' | '.join(areas[part][name] for part in PARTS)} |" for name in areas[PARTS[0]]),
         "",
-        "Change of log p(test) - log p(user) when the model is asked about held-out prompts, in nats, and what it "
-        "costs on neutral text:",
+        "Change of log p({}) - log p({}) when the model is asked about held-out prompts, in nats, and what it costs "
+        "on neutral text:".format(*result["words"]),
         "",
         "| vector | strength | change | KL, nats per token |",
         "|---|---|---|---|",

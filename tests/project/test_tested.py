@@ -77,7 +77,7 @@ def test_the_report_counts_and_groups_failures(tmp_path):
         f'<testcase classname="tests.{file}" name="a">{child}</testcase>' for file in cases for child in cases[file]
     ]
     (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
-    page = lane.report(tmp_path / "junit.xml", tmp_path / "log", SETUP, VERSIONS)
+    page = lane.report(tmp_path / "junit.xml", tmp_path / "log", SETUP, VERSIONS, "called")
     assert "1 tests passed, 3 failed, 1 were skipped." in page
     assert "| 2 | `tests/adapters/test_peft.py` | TypeError: x \\| y |" in page
     assert "| 1 | `tests/trainers/test_parents.py` | ImportError: z |" in page
@@ -85,5 +85,5 @@ def test_the_report_counts_and_groups_failures(tmp_path):
 
 def test_an_installation_that_fails_is_a_report_too(tmp_path):
     (tmp_path / "log").write_text("\n".join(map(str, range(99))))
-    page = lane.report(tmp_path / "junit.xml", tmp_path / "log", SETUP, VERSIONS)
+    page = lane.report(tmp_path / "junit.xml", tmp_path / "log", SETUP, VERSIONS, "called")
     assert "No test ran." in page and "\n98\n" in page and "\n50\n" not in page

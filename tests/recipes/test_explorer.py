@@ -17,6 +17,7 @@ import requests
 from browser import CHROMIUM, Browser
 from served import running, save_home
 
+from steertune.adapters.description import Strength, write_description
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.serving import explorer
 from steertune.recipes.serving.notebook import FRAMES, Explorer
@@ -56,6 +57,29 @@ def test_a_notebook_shows_it_in_a_frame(home):
         assert str(served.explorer()) == served.url
         with pytest.raises(ArmError, match="vector 'warn' is none of"):
             served.explorer(strengths={"warn": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_the_curve_of_what_was_measured_has_the_current_point(tmp_path):
+    """At strength 1 and, moved with the keyboard, at 1.5, between two measured points; beyond them there is none."""
+    home = save_home(tmp_path)
+    measured = {"0": {"kl": 0.0}, "1": {"kl": 0.4}, "2": {"kl": 1.0}}
+    write_description(home / "careful", Strength(1.0, "hand", measured))
+    with running(home) as served, Browser() as browser:
+        browser.open(f"{served.url}/#careful=1")
+        browser.wait("document.querySelectorAll('.vector').length === 2", 30)
+        assert browser.run("document.querySelectorAll('.vector svg').length") == 1, "the other was not measured"
+        browser.run("document.getElementById('strength-careful').focus()")
+        told = []
+        for presses in (0, 5, 10):
+            for _ in range(presses):
+                browser.press("ArrowRight", 39)
+            shown = "['cx', 'visibility'].map((name) => document.querySelector('.vector .now').getAttribute(name))"
+            told.append([*browser.run(shown), browser.run("document.querySelector('.vector title').textContent")])
+        assert float(told[1][0]) > float(told[0][0]) and told[0][1] == told[1][1] == "visible"
+        assert "At 1: KL 0.40" in told[0][2] and "At 1.5: KL 0.70" in told[1][2]
+        assert told[2][1] == "hidden" and "Strength 2.5 is beyond" in told[2][2]
 
 
 @pytest.mark.slow

@@ -119,24 +119,22 @@ def reading(bench: Bench, part: Part, readers: Mapping[str, Direction], monitor:
     Args:
         bench: The model, without a vector.
         part: Prompts that nothing was fitted on.
-        readers: Directions by name, each read at its last layer and the last token of a prompt.
+        readers: Directions of the same layers by name, read at the last layer and the last token of a prompt.
         monitor: It reads the base model's answers.
     """
     rows, training = Rows.of(part), Rows.of(bench.framings.training)
     areas: dict[str, str] = {}
+    layer = max(layer for direction in readers.values() for layer in direction.vectors)
+    states_ND = _states(bench, rows, layer)
     for name, direction in readers.items():
-        layer = max(direction.vectors)
-        states_ND, vector_D = _states(bench, rows, layer), direction.vectors[layer]
-        areas[name] = _area(states_ND @ vector_D, rows)
-        by_chance = [
-            abs(roc_auc_score(rows.tested, states_ND @ random_directions([vector_D], seed)[0]) - 0.5) + 0.5
-            for seed in range(_RANDOM)
-        ]
+        areas[name] = _area(states_ND @ direction.vectors[layer], rows)
     scores = scores_of([monitor], bench.model, bench.tokenizer, bench.answered(part))
     fitted_on, texts = [plain(prompt) for prompt in training.prompts], [plain(prompt) for prompt in rows.prompts]
     areas["the monitor, answers of the base model"] = _area([score for [score] in scores], rows)
     areas["TF-IDF of the prompts' words"] = _area(text_scores("words", fitted_on, training.tested, texts), rows)
     areas["what the base model says when asked"] = _area(log_odds(bench, bench.model, part), rows)
+    drawn = [random_directions([states_ND[0]], seed)[0] for seed in range(_RANDOM)]
+    by_chance = [abs(roc_auc_score(rows.tested, states_ND @ random_D) - 0.5) + 0.5 for random_D in drawn]
     areas[f"{_RANDOM} random directions, either sign: median, best"] = (
         f"{np.median(by_chance):.3f}, {max(by_chance):.3f}"
     )

@@ -1,7 +1,8 @@
 """What mkdocs runs: where the code is, and lists that are read from folders.
 
 mkdocstrings reads files, and does not follow editable installs of namespace packages; so it gets links to the folders.
-`<!-- list: arms -->` in a page becomes a table of the files in that folder, so that no list is kept by hand.
+`<!-- list: arms -->` in a page becomes a table of the files in that folder, so that no list is kept by hand. The
+tables `versions` and `architectures` are read from `setup.py` and from what the tests compare with.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def on_startup(**kwargs: Any) -> None:
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replace every `<!-- list: NAME -->` with its table."""
-    return re.sub(r"<!-- list: (\w+) -->", lambda match: table(LISTS[match[1]]), markdown)
+
+    def made(match: re.Match[str]) -> str:
+        return TABLES[match[1]]() if match[1] in TABLES else table(LISTS[match[1]])
+
+    return re.sub(r"<!-- list: (\w+) -->", made, markdown)
 
 
 def table(patterns: Sequence[str]) -> str:
@@ -62,3 +67,34 @@ def about(file: Path) -> str:
     if "recipes" in file.parts[len(ROOT.parts) :] and (not has_main or file.stem == "cli"):
         return ""
     return (ast.get_docstring(module) or "").partition("\n")[0]
+
+
+def versions() -> str:
+    """The packages that `setup.py` always asks for, and which versions."""
+    asked = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL)
+    assert asked is not None
+    found = re.findall(r'"([\w-]+)([<>=][^"]*)"', asked[1])
+    return "\n".join(["| package | versions |", "|---|---|", *(f"| {name} | `{rule}` |" for name, rule in found)])
+
+
+def architectures() -> str:
+    """Every family of models that the tests steer, from the table that they compare with."""
+    helpers = ROOT / "tests" / "helpers"
+    module = ast.parse((helpers / "tiny_models.py").read_text(encoding="utf-8"))
+    [every_test] = [
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ARCHITECTURES" and node.value is not None
+    ]
+    lines = (helpers / "families.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    shown = ["| family | in every test of addition | ways that are steered right | the others |", "|---|---|---|---|"]
+    for family, *ways in rows:
+        others = "; ".join(dict.fromkeys(way for way in ways if way != "right"))
+        right = f"{ways.count('right')} of {len(ways)}"
+        shown.append(f"| `{family}` | {'yes' if family in every_test else ''} | {right} | {others} |")
+    return "\n".join(shown)
+
+
+TABLES = {"versions": versions, "architectures": architectures}
+"""Name of a table -> what makes it."""

@@ -1,6 +1,7 @@
 """Answer requests, each with its own vectors and strengths, in mixed batches: over HTTP, or line by line.
 
     steertune serve careful=runs/careful/adapter warm=runs/warm/adapter --port 8000
+    steertune serve embedded --port 8000                       # the twelve vectors that come with the embedded model
     steertune serve careful=runs/careful/adapter --input requests.jsonl --output answers.jsonl
     echo '{"prompt": "Shall I quit?", "vector": "careful", "strength": 1.5}' | steertune serve careful=my-vector
 
@@ -55,7 +56,10 @@ KEY = "STEERTUNE_API_KEY"
 @command
 def main(
     vectors: Annotated[
-        list[str] | None, Argument(metavar="[NAME=FOLDER]...", help="adapters and their names in requests")
+        list[str] | None,
+        Argument(
+            metavar="[NAME=FOLDER]...", help="adapters and their names in requests; or embedded, or embedded/NAME"
+        ),
     ] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="serve HTTP on this port (0: a free one)")] = None,
     host: Annotated[str, Option(help="address that --port listens on")] = LOOPBACK,

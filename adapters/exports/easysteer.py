@@ -1,13 +1,15 @@
 """EasySteer (github ZJU-REAL/EasySteer): a control vector as GGUF, and the fields of a request.
 
 Its algorithm `direct` adds `scale` times the tensor `direction.N` to the output of block N, for the layers that a
-request names; the trigger token -1 stands for every token.
+request names. A request is a `SteeringSpec`, since its releases for vLLM 0.26; the `SteerVectorRequest` of earlier
+ones, whose trigger token -1 stands for every token, is read and no longer written.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -17,54 +19,64 @@ from ._vectors import ConstantVectors, ExportError
 from .gguf import FILE, GgufExport
 from .gguf import read as read_gguf
 
-REQUEST = "request.json"
+SPEC, REQUEST = "steering.json", "request.json"
+_EVERYWHERE = {"prompt": "all", "generation": "all"}
+_FORMER = {"prefill_trigger_tokens": [-1], "generate_trigger_tokens": [-1]}
 
 
 class EasySteerExport(GgufExport):
-    """`control-vector.gguf` and `request.json`, the fields of a `SteerVectorRequest`."""
+    """`control-vector.gguf` and `steering.json`, a `SteeringSpec`."""
 
     note = (
-        "With EasySteer: `SteerVectorRequest(**json.load(open('request.json')))`, with the path of the file as the "
-        "server sees it. The lines below do the same without vLLM."
+        "With EasySteer: `SteeringSpec(**json.load(open('steering.json')))` in Python, or the same JSON as the field "
+        "`steering` of a request, with the path of the file as the server sees it. The lines below do the same "
+        "without vLLM."
     )
     verified_in = "EasySteer"
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """Write both files."""
         super().write(vectors, model, folder)
-        request = {
-            "steer_vector_name": "vector",
-            "steer_vector_int_id": 1,
-            "steer_vector_local_path": FILE,
-            "scale": 1.0,
-            "target_layers": sorted(vectors.by_layer),
-            "prefill_trigger_tokens": [-1],
-            "generate_trigger_tokens": [-1],
+        vector = {
+            "source": FILE,
             "algorithm": "direct",
+            "scale": 1.0,
+            "layers": sorted(vectors.by_layer),
             "normalize": False,
+            "apply": _EVERYWHERE,
         }
-        (folder / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
+        (folder / SPEC).write_text(json.dumps({"vectors": [vector]}, indent=1), encoding="utf-8")
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """Read a folder with both files."""
-        request = load_json(source / REQUEST)
-        if not isinstance(request, dict):
-            raise ExportError(f"{source}: {REQUEST} must hold a single request (got {type(request).__name__}).")
-        every = [-1]
-        expected = {
-            "algorithm": "direct",
-            "normalize": False,
-            "prefill_trigger_tokens": every,
-            "generate_trigger_tokens": every,
-        }
-        for key, value in expected.items():
+        """A folder with a control vector and a request of either form."""
+        request, names = _request(source)
+        for key, value in {"algorithm": "direct", "normalize": False, **names}.items():
             if request.get(key) != value:
-                raise ExportError(f"{source}: {key} is {request.get(key)!r:.80}, but only {value!r} can be read.")
-        directions = read_gguf(inside(source, request.get("steer_vector_local_path")))
+                raise ExportError(f"{source}: {key} is {request.get(key)!r:.80}, and only {value!r} can be read.")
+        directions = read_gguf(inside(source, request.get("source")))
         scale = number_of(request.get("scale", 1.0), f"{source}: scale")
-        layers = request.get("target_layers")
-        targets = {*directions} if layers is None else {layer_of(one, f"{source}: target_layers") for one in layers}
-        return {layer: scale * vector for layer, vector in directions.items() if layer in targets}
+        layers = request.get("layers")
+        wanted = {*directions} if layers is None else {layer_of(one, f"{source}: layers") for one in layers}
+        return {layer: scale * vector for layer, vector in directions.items() if layer in wanted}
+
+
+def _request(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a request says, by the names of a `VectorSpec`, and where its vector must apply.
+
+    Raises:
+        ExportError: it is not a request of one vector.
+    """
+    if not (source / SPEC).is_file():
+        former = load_json(source / REQUEST)
+        if not isinstance(former, dict):
+            raise ExportError(f"{source}: {REQUEST} must be one request.")
+        renamed = {"source": former.get("steer_vector_local_path"), "layers": former.get("target_layers")}
+        return {**former, **renamed}, _FORMER
+    spec = load_json(source / SPEC)
+    vectors = spec.get("vectors") if isinstance(spec, dict) else None
+    if not isinstance(vectors, list) or len(vectors) != 1 or not isinstance(vectors[0], dict):
+        raise ExportError(f"{source}: {SPEC} must have one vector.")
+    return {"algorithm": "direct", "normalize": False, **vectors[0]}, {"apply": _EVERYWHERE}
 
 
 TARGET = EasySteerExport()

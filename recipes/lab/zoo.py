@@ -51,6 +51,21 @@ def basis(value: str | Sequence[str]) -> str | list[str]:
     return [_folder_of(one) for one in value]
 
 
+def as_words(word: str) -> list[str]:
+    """`NAME=FOLDER` for what a command line calls embedded vectors; other words stay as they are.
+
+    `embedded` is all of them, `embedded/warm` one, and `kind=embedded/warm` one under another name.
+
+    Raises:
+        ArmError: no embedded vector has such a name.
+    """
+    if word == EMBEDDED:
+        return [f"{name}={folder(name)}" for name in names()]
+    name, equals, value = word.rpartition("=")
+    place = _folder_of(value)
+    return [f"{name if equals else Path(place).name}={place}"] if place != value else [word]
+
+
 def without(value: Any, task: str) -> Any:
     """An arm's basis without the embedded vector of a task, since that was trained on more examples of the task."""
     if value == EMBEDDED:

@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
     guarded = [Depends(_Guard(service.settings.key))]
     app.include_router(vector_routes(service), dependencies=guarded)
     app.include_router(effect_routes(service), dependencies=guarded)
-    app.include_router(explorer_route())
+    app.include_router(explorer_route(service))
     _add_answers(app, service, guarded)
     _add_models(app, service, guarded)
     _add_state(app, service, guarded)

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlencode
 
 from steertune.adapters.monitors import Monitor
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.serving.defaults import LOOPBACK
+from steertune.recipes.serving.notebook import FRAMES, Explorer
 from steertune.recipes.serving.vectors import Vectors
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -92,6 +94,24 @@ class HttpServer:
         """Stop the thread of `start`; running answers have five seconds to complete."""
         self._server.should_exit = True
         self._thread.join()
+
+    def explorer(self, prompt: str = "", strengths: Mapping[str, float] | None = None, height: int = 720) -> Explorer:
+        """The page for a cell of a notebook; from now on, pages of this machine may frame it.
+
+        Args:
+            prompt: Answered at once.
+            strengths: Name of a vector -> where its slider stands.
+            height: Of the frame, in pixels.
+
+        Raises:
+            ArmError: there is no such vector.
+        """
+        for name in strengths or {}:
+            if name not in self.service.vectors.named:
+                raise ArmError(f"vector {name!r:.80} is none of {sorted(self.service.vectors.named)}.")
+        self.service.frames = FRAMES
+        words = urlencode({"prompt": prompt, **(strengths or {})} if prompt or strengths else {})
+        return Explorer(f"{self.url}/#{words}" if words else self.url, height)
 
     def __enter__(self) -> HttpServer:
         return self.start()

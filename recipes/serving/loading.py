@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from steertune.recipes.lab import zoo
 from steertune.recipes.lab.data import adapter_config, base_of, load_model
 from steertune.recipes.lab.files import ArmError, reasons, shown
 from steertune.recipes.lab.tables import ModelTable
@@ -45,13 +47,14 @@ def load_vectors(
 
 
 def named_folders(words: Sequence[str], name_by_folder: bool = False) -> dict[str, Path]:
-    """Parse `NAME=FOLDER ...`; with `name_by_folder`, a `FOLDER` without a name is named after itself.
+    """Parse `NAME=FOLDER ...`; with `name_by_folder`, a `FOLDER` without a name is named after itself. Without it, the
+    folders are adapters, and the embedded ones can be named as in `zoo.as_words`.
 
     Raises:
         ArmError: a word has another form, or a name is invalid or given twice.
     """
     folders: dict[str, Path] = {}
-    for word in words:
+    for word in words if name_by_folder else chain.from_iterable(map(zoo.as_words, words)):
         name, equals, folder = word.partition("=")
         if name_by_folder and not equals:
             name, folder = Path(word).resolve().name, word

@@ -61,6 +61,18 @@ def test_a_fresh_process_finds_the_same(target, tmp_path):
     assert "Unverified in" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_former_request_of_easysteer_is_read(tmp_path):
+    model, writer = steered(layers=[1, 3]), exports.get("easysteer")
+    writer.write(constant_vectors(model), model, tmp_path)
+    (tmp_path / "steering.json").unlink()
+    request = {"steer_vector_local_path": "control-vector.gguf", "scale": 2.0, "target_layers": [3]}
+    every = {"prefill_trigger_tokens": [-1], "generate_trigger_tokens": [-1]}
+    request |= {"algorithm": "direct", "normalize": False, **every}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    [(layer, vector)] = writer.read(tmp_path, tiny()).items()
+    assert layer == 3 and torch.allclose(vector, 2 * constant_vectors(model).by_layer[3])
+
+
 def test_one_vector_for_all_layers_is_what_vllm_hook_can_say(tmp_path):
     several = steered(layers=[1, 3])
     with pytest.raises(ExportError, match="have different vectors"):
@@ -154,7 +166,19 @@ BAD: dict[str, tuple[str, str, Any, str]] = {
         {"method": "add_vector", "vector_path": "../secret.pt"},
         "lies outside",
     ),
-    "answers only": ("easysteer", "request.json", {"algorithm": "direct", "normalize": False}, "prefill_trigger"),
+    "answers only": (
+        "easysteer",
+        "steering.json",
+        {"vectors": [{"source": "v.gguf", "apply": {"generation": "all"}}]},
+        "apply is {'generation': 'all'}",
+    ),
+    "two vectors": ("easysteer", "steering.json", {"vectors": [{}, {}]}, "must have one vector"),
+    "answers only, in the former request": (
+        "easysteer",
+        "request.json",
+        {"algorithm": "direct", "normalize": False},
+        "prefill_trigger",
+    ),
     "another PEFT method": ("peft", "adapter_config.json", {"peft_type": "LORA"}, "Only BEFT"),
     "no request": ("vllm", "request.json", [{"layer": 1}], "must hold id"),
 }

@@ -7,14 +7,20 @@ import hashlib
 import json
 import re
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import requests
 from browser import CHROMIUM, Browser
 from served import running, save_home
 
+from steertune.adapters.description import Strength, write_description
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.serving import explorer
+from steertune.recipes.serving.notebook import FRAMES, Explorer
 
 PAGE = explorer.whole_page()
 
@@ -37,6 +43,65 @@ def test_the_page_loads_nothing_and_runs_nothing_but_its_own_script(home):
     assert not re.search(r"https?://|//cdn|innerHTML|insertAdjacentHTML|eval\(| on\w+=", PAGE)
     for field in re.findall(r"<(?:input|textarea|select) id=\"([\w-]+)\"", PAGE):
         assert f'for="{field}"' in PAGE or re.search(rf'<label[^>]*>[^<]*<(?:input|select) id="{field}"', PAGE), field
+
+
+def test_a_notebook_shows_it_in_a_frame(home):
+    """Only once it is asked to may pages of this machine frame it."""
+    with running(home) as served:
+        shown = served.explorer('the "cat"', {"careful": -1.5}, height=400)
+        assert str(shown) == f"{served.url}/#prompt=the+%22cat%22&careful=-1.5"
+        source = shown.url.replace("&", "&amp;")
+        assert f'<iframe src="{source}"' in shown._repr_html_() and 'height="400"' in shown._repr_html_()
+        policy = requests.get(served.url).headers["Content-Security-Policy"]
+        assert policy.endswith(f"frame-ancestors {' '.join(FRAMES)}")
+        assert str(served.explorer()) == served.url
+        with pytest.raises(ArmError, match="vector 'warn' is none of"):
+            served.explorer(strengths={"warn": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_the_curve_of_what_was_measured_has_the_current_point(tmp_path):
+    """At strength 1 and, moved with the keyboard, at 1.5, between two measured points; beyond them there is none."""
+    home = save_home(tmp_path)
+    measured = {"0": {"kl": 0.0}, "1": {"kl": 0.4}, "2": {"kl": 1.0}}
+    write_description(home / "careful", Strength(1.0, "hand", measured))
+    with running(home) as served, Browser() as browser:
+        browser.open(f"{served.url}/#careful=1")
+        browser.wait("document.querySelectorAll('.vector').length === 2", 30)
+        assert browser.run("document.querySelectorAll('.vector svg').length") == 1, "the other was not measured"
+        browser.run("document.getElementById('strength-careful').focus()")
+        told = []
+        for presses in (0, 5, 10):
+            for _ in range(presses):
+                browser.press("ArrowRight", 39)
+            shown = "['cx', 'visibility'].map((name) => document.querySelector('.vector .now').getAttribute(name))"
+            told.append([*browser.run(shown), browser.run("document.querySelector('.vector title').textContent")])
+        assert float(told[1][0]) > float(told[0][0]) and told[0][1] == told[1][1] == "visible"
+        assert "At 1: KL 0.40" in told[0][2] and "At 1.5: KL 0.70" in told[1][2]
+        assert told[2][1] == "hidden" and "Strength 2.5 is beyond" in told[2][2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_the_frame_of_a_notebook_loads(home, tmp_path):
+    """From a page of another port of this machine, as a notebook is; without being asked to, it does not."""
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    Thread(target=files.serve_forever, daemon=True).start()
+    with running(home) as served, Browser() as browser:
+        for asked in (False, True):
+            frame = served.explorer("the cat") if asked else Explorer(served.url)
+            (tmp_path / "cell.html").write_text(f"<title>cell</title>{frame._repr_html_()}")
+            browser.messages.clear()
+            browser.open(f"http://127.0.0.1:{files.server_port}/cell.html")
+            browser.wait("document.title === 'cell' && document.readyState === 'complete'", 30)
+            # a page that the browser has refused to frame asks the service for nothing
+            before, end = served.service.metrics.text(), time.monotonic() + (20 if asked else 3)
+            while served.service.metrics.text() == before and time.monotonic() < end:
+                time.sleep(0.1)
+            refused = [message for message in browser.messages if "frame" in message.lower()]
+            assert bool(refused) is not asked, browser.messages
+    files.shutdown()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.rows import BASE, Record, label
 from steertune.recipes.lab.trained_on import FILE
+from steertune.recipes.serving.loading import named_folders
 from steertune.recipes.studies.zoo import frontier_of, page_of
 
 
@@ -46,6 +47,16 @@ def test_a_basis_names_all_or_some_of_them():
     assert zoo.basis("my/folder") == "my/folder"
     with pytest.raises(ArmError, match="Did you mean 'warm'"):
         zoo.basis("embedded/wram")
+
+
+def test_a_server_takes_them_by_name():
+    every = named_folders(["embedded"])
+    assert [*every] == zoo.names() and all((folder / "adapter_config.json").is_file() for folder in every.values())
+    given = named_folders(["embedded/warm", "kind=embedded/warm", "mine=embedded"])
+    assert given == {"warm": zoo.folder("warm"), "kind": zoo.folder("warm"), "mine": Path("embedded")}
+    with pytest.raises(ArmError, match="Did you mean 'warm'"):
+        named_folders(["embedded/wram"])
+    assert named_folders(["embedded/odd"], name_by_folder=True) == {"odd": Path("embedded/odd")}, "a monitor"
 
 
 def test_a_grid_leaves_the_vector_of_the_task_itself_out():

@@ -214,7 +214,7 @@ def test_a_vector_that_cannot_be_told_from_rounding_is_refused(base, tmp_path):
 
 
 def test_the_fresh_process_does_not_import_this_package(tmp_path):
-    with pytest.raises(ExportError, match="cannot load it(.|\n)*the package under test was imported"):
+    with pytest.raises(ExportError, match="cannot load the export(.|\n)*the package under test was imported"):
         verification._in_fresh_process("import steertune.adapters\nmodel = None", [])
 
 

@@ -140,7 +140,7 @@ BAD: dict[str, tuple[str, str, Any, str]] = {
         "lm_eval",
         "steer.pt",
         {"layers.9": {"action": "add", "steering_vector": torch.ones(32)}},
-        "is no block",
+        "is not a block of",
     ),
     "a number that is none": (
         "lm_eval",

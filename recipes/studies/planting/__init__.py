@@ -5,8 +5,8 @@ FORMS = ("bias", "gated", "lora")
 PROBLEMS = (*FORMS, "base", "shuffled")
 """What is planted. `base`: all labels are coin flips; `shuffled`: only the training labels are."""
 PLANTS = (
-    "both", "pair", "chosen", "lora", "coin", "plain", "spread", "preserve", "sparse", "opposite", "values",
-    "nothing", "few", "misled",
+    "both", "pair", "chosen", "lora", "coin", "plain", "spread", "preserve", "sparse", "opposite", "nothing", "few",
+    "misled",
 )  # fmt: skip
 """What the yardstick plants (`plants.py` says what each is)."""
 FACTORS = (

@@ -31,7 +31,8 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow.
+    """`@pytest.mark.thinned(n, whole=[...])`: every n-th combination of parameters runs by default, and so does every
+    one whose name contains a word of `whole`; the others are slow.
 
     Combinations count by the sum of the places that their values have in each list, so that every value comes up.
     """
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for names in lists:
             known = places[item.nodeid.partition("[")[0], *names]
             total += known.setdefault(tuple(id(call.params[name]) for name in names), len(known))
-        if total % marker.args[0]:
+        if total % marker.args[0] and not any(word in call.id for word in marker.kwargs.get("whole", [])):
             item.add_marker(pytest.mark.slow)
 
 

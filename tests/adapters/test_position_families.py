@@ -21,7 +21,7 @@ def in_the_table(family: str, way: str) -> str:
     return entries[list(WAYS).index(way)]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(3, whole=["mamba-cached", "minimax-cached", "llama-inside"])
 @torch.no_grad()
 @pytest.mark.parametrize("way", _QUICK)
 @pytest.mark.parametrize("family", [*RECURRENT, "llama"])

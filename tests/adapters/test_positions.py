@@ -135,7 +135,7 @@ def test_padding_on_either_side_changes_nothing(model_type, positions, side, tol
 # -- generation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(3, whole=["llama"])
 @torch.no_grad()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_generation_is_the_full_forward(architecture, positions):

@@ -66,7 +66,7 @@ def assert_exact(make, batch=None) -> None:
                if isinstance(module, GradientCheckpointingLayer))  # fmt: skip
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(3, whole=["llama"])
 @pytest.mark.parametrize("positions", ["all", "completion", "prompt", "last_prompt"])
 def test_exact_on_every_architecture(architecture, positions, caplog):
     assert_exact(lambda: steered(tiny(architecture), layers=1, positions=positions))

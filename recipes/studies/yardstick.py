@@ -5,7 +5,7 @@
 
 The teacher is the base model plus one known change. Arms learn from answers that are sampled so that the pair carries
 what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
-prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with its own
+prompts, which no measure sees, at the same KL to the base. A study has several tasks, each with its own
 teacher, and treats them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of
 the tiny model takes half a minute of CPU time, one of the embedded model (one small task, two arms) about four
 minutes.

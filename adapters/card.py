@@ -107,7 +107,7 @@ def versions() -> str:
 def _lines(card: Card, config: dict[str, Any], folder: str) -> list[str]:
     base = _on_the_hub(config) or Path(config.get("base_model_name_or_path") or "BASE").name
     sections = {
-        "Behaviour": card.behaviour or "Not stated. " + UNKNOWN,
+        "Behaviour": card.behaviour or "Not stated.",
         "Problem": card.problem or "No card of the problem was written.",
         "Data": card.data or "Not said.",
         "How it was made": card.made or "Not said.",

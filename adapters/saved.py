@@ -54,7 +54,7 @@ def read_config(path: str) -> dict[str, Any]:
             "required keys: {'peft_type'}."
         )
     if kind != PEFT_TYPE:
-        raise ValueError(f"{path} holds a {kind} adapter, not a steering vector.")
+        raise ValueError(f"{path} holds a {kind} adapter, not a steering vector. PeftModel.from_pretrained loads it.")
     if values.get("auto_mapping") is not None:
         raise ValueError(f"{path}: auto_mapping names code to import, which a steering vector never needs. Remove it.")
     return values

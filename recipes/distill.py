@@ -40,7 +40,7 @@ from steertune.recipes.lab.generation import check_context, generate, prompt_len
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import HeldOut, Observations, Prompted, behind, neutral_rows
 from steertune.recipes.lab.options import ArmName, Threads
-from steertune.recipes.lab.pages import Page, Section, Table, Text, prose, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, in_terminal, prose, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.pair_lint import warn_of
@@ -123,7 +123,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # written last, since it marks the run as finished
-        print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
+        print(f"\n{in_terminal(written)}\nThe page with answers: {written.with_suffix('.html')}, and {written}")
     return record
 
 

@@ -40,7 +40,7 @@ from steertune.recipes.lab.forms import conversations, notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
 from steertune.recipes.lab.options import ArmName, Threads
-from steertune.recipes.lab.pages import prose, settings_in_words, write_page
+from steertune.recipes.lab.pages import in_terminal, prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.pages.verdict import alike
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
@@ -125,7 +125,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     if state.is_main_process:
         page = _write(arm, record, training.rows, folder)
-        print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
+        print(f"\n{in_terminal(page)}\nThe page with strengths and answers: {page.with_suffix('.html')}, and {page}")
     return record
 
 

@@ -98,4 +98,4 @@ def _arm_file(name: str, folder: Path, problem: str) -> Path:
         warnings.warn(f"The arm {name!r} is now called {renamed.stem!r}.", FutureWarning, stacklevel=4)
         return renamed
     names = sorted(file.stem for file in ARMS.glob("*.toml"))
-    raise ArmError(f"{problem}: neither a .toml file nor one of {names}.{nearest(name, names)}")
+    raise ArmError(f"{problem}.{nearest(name, names)} It is neither a .toml file nor one of {names}.")

@@ -157,7 +157,8 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     centre = float(np.average(values, weights=weights))
     around = interval(centre + weights * (values - centre) / weights.mean()).within(measure.limits)
     if (values >= 0).all():
-        around = around.within((0.0, np.inf))  # the mean of non-negative values is not below 0
+        # the mean of non-negative values is not below 0, that of shares not above 1
+        around = around.within((0.0, 1.0 if measure.shares and (values <= 1).all() else np.inf))
     low, high = around.low, around.high
     if measure.total is not None:
         low, high = (float(measure.total(end)) if np.isfinite(end) else end for end in (low, high))

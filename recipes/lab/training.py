@@ -29,7 +29,7 @@ from steertune.recipes.lab.generation import LONGEST, longest_vector, plain
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows, prompts_in
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import Bar
+from steertune.recipes.lab.progress import Bar, say
 from steertune.recipes.lab.reading import BUILDERS
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
@@ -303,8 +303,11 @@ def fit(trainer: Any, folder: Path) -> float:
         trainer.initialise_vectors()
     else:
         trainer.add_callback(_Moved())
+        checkpoint = last_checkpoint(folder / "checkpoints")
+        if checkpoint is not None:
+            say(f"Training continues from {checkpoint}, which an interrupted run left.")
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+            trainer.train(resume_from_checkpoint=checkpoint)
         except NothingLearned:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to continue from
             raise

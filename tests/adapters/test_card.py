@@ -42,7 +42,7 @@ def test_a_card_says_what_is_known(folder):
 def test_a_card_says_what_is_not_known(folder):
     write_card(folder, Card())
     text = (folder / "README.md").read_text()
-    assert text.count("Not measured.") == 4 and "Not stated." in text
+    assert text.count("Not measured.") == 3 and "Not stated." in text
     assert "[More Information Needed]" not in text
 
 
@@ -195,6 +195,6 @@ def test_the_recipe_puts_its_measurements_in_the_card(tmp_path):
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
     for said in ("# mine, task", "It stays.", "Does it stay?", "Ask first.", "On 4 held-out examples:",
                  "| held-out pair accuracy |", "4 training examples of `task`", "nats per token",
-                 "| strength |"):  # fmt: skip
+                 "| strength 0 |"):  # fmt: skip
         assert said in text, said
     assert str(tmp_path) not in text

@@ -75,7 +75,7 @@ def pipe(lab: Lab) -> None:
 
 
 WHOLE = "must be a whole number of 1 or more"
-NO_ARM = "ArmError: No arm 'nothing': neither a .toml file nor one of"
+NO_ARM = "ArmError: No arm 'nothing'.*neither a .toml file nor one of"
 NO_GRID = "ArmError: No grid 'nothing'"
 NO_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
 

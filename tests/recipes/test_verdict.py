@@ -57,6 +57,17 @@ def test_the_first_line(strengths: dict[str, Any], begins: str) -> None:
     assert line.startswith(begins), line
 
 
+def test_a_small_change_is_no_nothing_and_a_costly_strength_is_named() -> None:
+    """Five of eight more and two less is 0.375, just too little for a change that everybody notices."""
+    one = [1.0, 0.0, 0.0, 0.0]
+    line = verdict(record(s0=BASE, s1=(one, 0.1, CALM), s2=(FULL, 0.3, MANIC)))
+    assert line.startswith("**The answers changed a little**, at strength 1: 1 of 4 answers to held-out prompts show")
+    assert "Strength 2 is too much: repetition is 0.95 (limit 0.10)" in line and "there 4 of 4 answers" in line
+    assert "Side effects are within the limits (KL to the base 0.40 of 1.50, repetition 0.00 of 0.10)." in verdict(
+        record(s0=BASE, s1=(FULL, 0.4, CALM))
+    )
+
+
 def test_what_was_not_trained_is_changed_by_its_strength() -> None:
     silent, loud = record(s0=BASE, s1=(NONE, 0.1, CALM)), record(s0=BASE, s1=(FULL, 2.0, CALM))
     assert "Raise `trainer.learning_rate`" in verdict(silent) and "Lower `trainer.learning_rate`" in verdict(loud)

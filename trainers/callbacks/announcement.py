@@ -44,7 +44,9 @@ class Announcement(TrainerCallback):
         rate = rate_of_vectors(trainer, kwargs["optimizer"])
         steps = max(state.max_steps - state.global_step, 0)
         share = largest_share(kwargs["optimizer"], kwargs["lr_scheduler"], steps, rate.value)
-        reach = "" if share is None else f": {steps} steps can move it by up to {share:.0%} of the residual stream"
+        reach = ""
+        if share is not None and steps:
+            reach = f": {steps} steps can move it by up to {share:.0%} of the residual stream"
         _say(f"Learning rate {rate.value:g} ({rate.reason}){reach}.")
         if share is not None and steps and (problem := warning_of(rate.value, steps, share)):
             logger.warning("Learning rate %g: %s", rate.value, problem)

@@ -94,6 +94,8 @@ class Measure:
         observe: For a measure without an observer: `(model, held_out)` -> one value for every example, computed with
             the model at the current strength and recorded under the measure's name.
         limits: Range of every value, such as (0, 1) for a share; the mean and its interval are in it too.
+        shares: Whether values are shares or probabilities if all of them lie between 0 and 1; then the mean and its
+            interval do, too.
         trust: Its rank in the order in which to read measures, 1 first, from tests on problems with a known answer
             (`docs/pages/measures.md`); None: it was not tested on them, or failed.
     """
@@ -109,6 +111,7 @@ class Measure:
     observe: Callable[[Any, Any], Sequence[float]] | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)
     trust: int | None = None
+    shares: bool = False
 
     @property
     def heading(self) -> str:
@@ -170,12 +173,24 @@ def measure(
     observe: Callable[[Any, Any], Sequence[float]] | None = None,
     limits: tuple[float, float] = (-math.inf, math.inf),
     trust: int | None = None,
+    shares: bool = False,
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
     """Turn a function into a measure; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
         return Measure(
-            function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, limits, trust
+            function.__name__,
+            title,
+            unit,
+            better,
+            tuple(needs),
+            function,
+            weight,
+            total,
+            observe,
+            limits,
+            trust,
+            shares,
         )
 
     return decorate

@@ -141,6 +141,12 @@ def write_page(page: Page, folder: Path, name: str = "page") -> Path:
     return file
 
 
+def in_terminal(file: Path) -> str:
+    """What a terminal shows of a written page: the outcome before its first heading, and how to use the result."""
+    outcome, *sections = file.read_text(encoding="utf-8").split("\n## ")
+    return "\n## ".join([outcome, *(section for section in sections if section.startswith("Use it"))])
+
+
 def markdown(page: Page) -> str:
     """A page as Markdown."""
     return _templates().get_template("page.md.jinja").render(page=page)

@@ -23,6 +23,8 @@ MAX_ALIKE = 0.3
 """Share of answers that are given to several prompts, in excess of the base's and that of the chosen answers."""
 VISIBLE = 0.4
 """A behaviour must rise by this share of the answers to be noticed."""
+SLIGHT = 0.15
+"""Below this share, nothing visible happened."""
 _RISE = 0.05  # an answer counts as more like the chosen ones if its score, a probability, rises by more than this
 _CIRCLE = 0.5  # an answer that compresses below this share of its length repeats itself
 
@@ -75,11 +77,18 @@ def _outcome(record: Record) -> str:
     if not gains:
         return _without_scorer(record)
     if gains[TRAINED][0] >= VISIBLE:
-        return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits."
+        return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits ({_costs(record)})."
     if gains[best][0] >= VISIBLE:
         return f"**Strength 1 shows little. Use strength {best}**: {gains[best][1]}."
+    strongest = best if gains[best][0] > gains[TRAINED][0] else TRAINED
+    outcome = "**Nothing visible happened**"
+    if gains[strongest][0] >= SLIGHT:
+        outcome = f"**The answers changed a little**, at strength {strongest}"
+    # a strength that shows the behaviour and costs too much tells that it can be learned
+    beyond = next((at for at in strengths if excess[at] and gains[at][0] >= VISIBLE), None)
+    costly = "" if beyond is None else f" Strength {beyond} is too much: {excess[beyond]}; there {gains[beyond][1]}."
     fix = "Use a larger strength" if untrained else f"Raise {_TRAINING}"
-    return f"**Nothing visible happened**: {gains[TRAINED][1]}. {fix}, or give more examples."
+    return f"{outcome}: {gains[strongest][1]}.{costly} {fix}, or give more examples."
 
 
 def _gain(record: Record, at: str) -> tuple[float, str]:
@@ -104,8 +113,21 @@ def _gain(record: Record, at: str) -> tuple[float, str]:
     return (rises - falls) / len(after), words
 
 
+def _costs(record: Record) -> str:
+    """KL and repetition at the trained strength, with their limits."""
+    values = _limited(record, TRAINED)
+    names = [name for name in ("KL to the base", "repetition") if not np.isnan(values[name][0])]
+    return ", ".join(f"{name} {values[name][0]:.2f} of {values[name][1]:.2f}" for name in names)
+
+
 def _excess(record: Record, at: str) -> str:
     """Which limits a strength exceeds, in words; "" if none."""
+    values = {name: pair for name, pair in _limited(record, at).items() if pair[0] > pair[1]}
+    return ", and ".join(f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items())
+
+
+def _limited(record: Record, at: str) -> dict[str, tuple[float, float]]:
+    """What is limited at a strength: name -> value and limit."""
     base, steered = record.observations[BASE], record.observations[at]
     values = {"KL to the base": (record.value("kl", at), MAX_KL)}
     for answers, measure, repetition, circles in _FLUENCY:
@@ -118,9 +140,7 @@ def _excess(record: Record, at: str) -> str:
         alike(steered.get("answer", [])),
         usual + MAX_ALIKE,
     )
-    return ", and ".join(
-        f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items() if value > limit
-    )
+    return values
 
 
 def alike(answers: Sequence[str]) -> float:

@@ -166,6 +166,9 @@ def test_a_study_with_one_teacher_has_a_truth_of_its_own():
         for truth in ([0.5, 0.01], [-0.4, 0.01], [0.1, 0.4])
     ]
     assert [look.right for look in looks(studies) if look.measure == "accuracy"] == [True, False, None]
+    # over studies, teachers are a sample
+    expected = stats.ttest_1samp([0.5, -0.4, 0.1], 0.0).pvalue
+    assert truths(studies)["both", "contrast"] == (pytest.approx(0.2 / 3), pytest.approx(expected))
 
 
 def test_where_nothing_is_planted_every_comparison_of_pairs_is_a_null():

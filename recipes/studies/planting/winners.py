@@ -97,6 +97,8 @@ def _teachers(study: Mapping[str, Any]) -> int:
 def _pooled(studies: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
     """The mean of the estimates, and p of Student's t, from each study's estimate, p and degrees of freedom."""
     estimate = float(np.mean([one for one, _, _ in studies]))
+    if all(freedom < 1 for _, _, freedom in studies):
+        return estimate, _students_p(np.array([one for one, _, _ in studies]))  # every study is one teacher
     if any(freedom < 1 or p >= 1 for _, p, freedom in studies):
         return estimate, 1.0  # a single teacher does not show how teachers vary
     variances = [(one / stats.t.isf(p / 2, freedom)) ** 2 for one, p, freedom in studies]

@@ -181,10 +181,10 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
             f"claim.strength='frontier', but matched.frontier={tables.matched.frontier} has fewer than two KLs. List "
             "two or more, such as [0.03, 0.1, 0.3]."
         )
-    if measures.get(claim.measure).better != "higher":
+    if measures.get(claim.measure).better == "lower":
         raise ArmError(
-            f"claim.measure={claim.measure!r}: a claim says that the value of `better` is higher, and of this measure "
-            f"higher values are not better. Choose another, such as {', '.join(measures.ranked()[:3])}."
+            f"claim.measure={claim.measure!r}: a claim says that the value of `better` is higher, but lower values of "
+            f"this measure are better. Choose another, such as {', '.join(measures.ranked()[:3])}."
         )
     if "answers" in measures.get(claim.measure).needs and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "no trials": ({"budget.trials": 0}, ["budget.trials", "greater than or equal to 1"]),
     "no steps": ({"budget.steps": [4, 0]}, ["budget.steps", "[4, 0]", "at least 1"]),
     "empty steps": ({"budget.steps": []}, ["budget.steps", "one number of steps or more"]),
-    "no strengths": ({"budget.strengths": []}, ["budget.strengths", "at least one strength"]),
+    "no strengths": ({"budget.strengths": []}, ["budget.strengths", "one strength or more"]),
     "negative strength": ({"budget.strengths": [1.0, -1.0]}, ["budget.strengths", "-1.0", "above 0"]),
     "misspelt strengths": ({"budget.strengths": "match"}, ["budget.strengths", "matched"]),
     "infinite strength": ({"budget.strengths": [float("inf")]}, ["budget.strengths", "inf"]),

@@ -211,7 +211,7 @@ def test_what_a_case_refuses(home, tmp_path):
     few = write(tmp_path / "few.jsonl", [{"prompt": "we go", "completion": "now"}] * 3)
     refused("too few to hold any out", catches(), innocent=few)
     refused("does not find the bad answer of .*rows.jsonl:1", catches(), pattern="blue")
-    refused("finds the corrected answer of .*rows.jsonl:1 too", catches(), pattern="sea|dog")
+    refused("also finds the corrected answer of .*rows.jsonl:1", catches(), pattern="sea|dog")
     refused("is not a regular expression", catches(), pattern="(")
 
 

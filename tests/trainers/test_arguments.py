@@ -141,5 +141,5 @@ def test_trls_configurations_change_nothing_in_the_plain_trainer(tmp_path):
     made(arguments("dpo", tmp_path, beta=0.3), pairs(), get_loss("dpo", beta=0.3))
     with pytest.raises(ValueError, match="packing=True has no effect in SteeringTrainer.*SteeringSFTTrainer"):
         made(arguments("sft", tmp_path, packing=True), demonstrations(), "cross_entropy")
-    with pytest.raises(ValueError, match="max_length=8 changes nothing.*SteeringSFTTrainer or SteeringDPOTrainer"):
+    with pytest.raises(ValueError, match="max_length=8 has no effect.*SteeringSFTTrainer or SteeringDPOTrainer"):
         made(arguments("dpo", tmp_path, max_length=8), pairs(), "dpo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -80,15 +80,20 @@ def _outcome(record: Record) -> str:
         return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits ({_costs(record)})."
     if gains[best][0] >= VISIBLE:
         return f"**Strength 1 shows little. Use strength {best}**: {gains[best][1]}."
+    fix = "Use a larger strength" if untrained else f"Raise {_TRAINING}"
+    return f"{_little(gains, excess, best)} {fix}, or give more examples."
+
+
+def _little(gains: Mapping[str, tuple[float, str]], excess: Mapping[str, str], best: str) -> str:
+    """The outcome if no harmless strength shows the behaviour."""
     strongest = best if gains[best][0] > gains[TRAINED][0] else TRAINED
     outcome = "**Nothing visible happened**"
     if gains[strongest][0] >= SLIGHT:
         outcome = f"**The answers changed a little**, at strength {strongest}"
-    # a strength that shows the behaviour and costs too much tells that it can be learned
-    beyond = next((at for at in strengths if excess[at] and gains[at][0] >= VISIBLE), None)
+    # a strength that shows the behaviour but costs too much tells that it can be learned
+    beyond = next((at for at in gains if excess[at] and gains[at][0] >= VISIBLE), None)
     costly = "" if beyond is None else f" Strength {beyond} is too much: {excess[beyond]}; there {gains[beyond][1]}."
-    fix = "Use a larger strength" if untrained else f"Raise {_TRAINING}"
-    return f"{outcome}: {gains[strongest][1]}.{costly} {fix}, or give more examples."
+    return f"{outcome}: {gains[strongest][1]}.{costly}"
 
 
 def _gain(record: Record, at: str) -> tuple[float, str]:

@@ -23,11 +23,13 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from upstream_plugin import LOG, make_cache, subject_of
-from upstream_trl import FROZEN, SUBJECTS, WHO, make_trl_cache
-
 HERE = Path(__file__).parent
 HELPERS = HERE.parent / "helpers"
+sys.path.insert(0, str(HELPERS))
+
+from upstream_plugin import LOG, make_cache, subject_of  # noqa: E402
+from upstream_trl import FROZEN, SUBJECTS, WHO, make_trl_cache  # noqa: E402
+
 FILES = ("custom_models", "config", "decoder_models", "seq_classifier")
 COLUMNS = ("passed", "failed", "skipped", "hub")
 # test, message, why: what passes for LoRA and is not meant to pass for ours

@@ -79,7 +79,7 @@ def test_the_curve_of_what_was_measured_has_the_current_point(tmp_path):
             told.append([*browser.run(shown), browser.run("document.querySelector('.vector title').textContent")])
         assert float(told[1][0]) > float(told[0][0]) and told[0][1] == told[1][1] == "visible"
         assert "At 1: KL 0.40" in told[0][2] and "At 1.5: KL 0.70" in told[1][2]
-        assert told[2][1] == "hidden" and "Strength 2.5 is beyond" in told[2][2]
+        assert told[2][1] == "hidden" and "Strength 2.5 is outside" in told[2][2]
 
 
 @pytest.mark.slow

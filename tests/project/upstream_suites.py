@@ -40,7 +40,11 @@ BY_DESIGN = [
         "AssertionError|assert False",
         "vectors are fp32 whatever the base: bf16 would lose small steps",
     ),
-    ("", "cannot be merged|merging is refused", "merging is refused: few architectures have a weight that can carry it"),
+    (
+        "",
+        "cannot be merged|merging is refused",
+        "merging is refused: few architectures have a weight that can carry it",
+    ),
     ("bias_raises|learnable_bias", "bias", "there is no argument `bias`"),
     ("weighted_combination", "not applicable", "`add_weighted_adapter` is for LoRA and IA3"),
     ("layer_indexing.*ours-bias", "", "the default is one layer: naming one does not make it fewer"),

@@ -57,9 +57,7 @@ KEY = "STEERTUNE_API_KEY"
 def main(
     vectors: Annotated[
         list[str] | None,
-        Argument(
-            metavar="[NAME=FOLDER]...", help="adapters and their names in requests; or embedded, or embedded/NAME"
-        ),
+        Argument(metavar="[NAME=FOLDER]...", help="adapters and their names in requests, or embedded[/NAME]"),
     ] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="serve HTTP on this port (0: a free one)")] = None,
     host: Annotated[str, Option(help="address that --port listens on")] = LOOPBACK,

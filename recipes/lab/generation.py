@@ -15,6 +15,7 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import written
 from steertune.trainers import NonFiniteError, context_length
 from steertune.trainers.data import tokenised_rows
+from steertune.trainers.padding import padded
 
 _PLAIN = 1e6  # strengths up to here are not checked
 LONGEST = 1e18
@@ -147,10 +148,8 @@ def left_padded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[dict[str,
 
     Base models often come without a padding token, some without EOS. Whatever fills the batch is masked.
     """
-    width = max(map(len, ids))
     filler = next(i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None)
-    ids_BT = torch.tensor([[filler] * (width - len(row)) + list(row) for row in ids])
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    ids_BT, mask_BT = padded(ids, filler)
     return {"input_ids": ids_BT, "attention_mask": mask_BT}, filler
 
 

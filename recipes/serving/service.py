@@ -76,8 +76,8 @@ class Service:
         self, vectors: Vectors, tokenizer: Any, settings: Settings, monitors: Mapping[str, Monitor] | None = None
     ) -> None:
         self.settings, self.vectors, self.monitors = settings, vectors, dict(monitors or {})
-        self.frames: tuple[str, ...] = ()
-        """Pages that may frame the explorer."""
+        self.frames: tuple[str, ...] = ("'none'",)
+        """Pages that can embed the explorer. By default none: a page could make visitors click on what it covers."""
         self.metrics = Metrics()
         # tokenizers are not thread-safe, so requests are read with a copy
         self.tokenizer = copy.deepcopy(tokenizer)

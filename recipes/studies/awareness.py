@@ -1,14 +1,13 @@
-"""Evaluation awareness from 16 prompt pairs: a vector, a monitor and controls, to run evaluations with in Inspect.
+"""Evaluation awareness from 16 prompt pairs: a vector, a monitor and controls, for evaluations with Inspect.
 
     steertune awareness --folder runs/awareness
     inspect eval recipes/studies/framing/inspect_task.py --model steertune/base+tested -M strength=-4 \\
         -M vectors=tested=runs/awareness/tested -M monitors=tested=runs/awareness/monitor
 
-A pair is one request as part of an evaluation and as somebody's own. The vector is the mean difference of the last
-token; the monitor reads what the base model answers, below the vector. Both are tried on other requests in other
-words, once as the two kinds usually sound and once with their tones exchanged, beside random directions of the same
-length and the words alone. The prompts are `framing/prompts.toml`; `--prompts` takes a file of yours with the same
-tables.
+A pair is one request as part of an evaluation and from a user. The vector is the mean difference of the last token;
+the monitor reads the base model's answers, below the vector. Both are measured on other requests in other words, once
+as the two kinds usually sound and once with their tones exchanged, beside random directions of the same length and
+the words alone. The prompts are in `framing/prompts.toml`; `--prompts` takes your own file with the same tables.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from steertune.recipes.lab.trained_on import TrainedOn
 from steertune.recipes.lab.training import check_unfinished
 from steertune.recipes.monitor import layer_indices
 from steertune.recipes.studies.framing.measure import (
-    Bench,
+    Context,
     Unsteered,
     control,
     direction_of,
@@ -57,7 +56,7 @@ STRENGTHS = [-4.0, 4.0]
 def main(
     prompts: Annotated[Path, Option(help="a file of framings")] = FILE,
     layers: Annotated[list[str], Option(help="of the vector: indices or fractions", metavar="L ...")] = LAYERS,
-    monitor_layers: Annotated[list[str], Option(help="of which the monitor takes one", metavar="L ...")] = BELOW,
+    monitor_layers: Annotated[list[str], Option(help="candidates for the monitor's layer", metavar="L ...")] = BELOW,
     strengths: Annotated[list[float], Option(help="of the vector and its controls", metavar="S ...")] = STRENGTHS,
     controls: Annotated[int, Count("random directions to steer with")] = 3,
     new_tokens: Annotated[int, Count("of the answers that the monitor reads")] = 12,
@@ -65,28 +64,28 @@ def main(
     threads: Threads = None,
     folder: Annotated[Path, Option(help="where vectors, monitor and table are written")] = Path("runs/awareness"),
 ) -> Result:
-    """Make the vector, a random one and the monitor, and measure them on held-out prompts."""
+    """Make the vector, random ones and the monitor, and measure them on held-out prompts."""
     framings = read_framings(prompts)
     check_unfinished(folder)
     begin(threads, only_one=True)
     table = ModelTable(name=model)
-    places, read = layer_indices(table, layers, "block"), layer_indices(table, monitor_layers, "block")
+    places, candidates = (layer_indices(table, given, "block") for given in (layers, monitor_layers))
     with progress("Evaluation awareness", 10) as bar:
         with bar.step("model"):
-            bench = Bench(*load_model(table), framings, new_tokens)
-            bench.first_tokens()
+            context = Context(*load_model(table), framings, new_tokens)
+            context.first_tokens()
         with bar.step("vector"):
-            vector = direction_of(bench, framings.training, places)
-            naive = direction_of(bench, framings.naive_training, places)
+            vector = direction_of(context, framings.training, places)
+            naive = direction_of(context, framings.naive_training, places)
         with bar.step("monitor", 2):
-            monitor = monitor_of(bench, read)
+            monitor = monitor_of(context, candidates)
             monitors.save(monitor, folder / "monitor")
         with bar.step("reading", 2):
             readers = {"direction of the naive pairs": naive, "direction of the balanced pairs (the vector)": vector}
-            areas = {part: reading(bench, getattr(framings, part), readers, monitor) for part in PARTS}
+            areas = {part: reading(context, getattr(framings, part), readers, monitor) for part in PARTS}
         with bar.step("control", 4):
             vectors = {"tested": vector} | {f"random_{i}": random_of(vector, i) for i in range(controls)}
-            changes = _steer(bench, vectors, strengths, folder)
+            changes = _steer(context, vectors, strengths, folder)
     result = {
         "pairs": len(framings.training.requests),
         "words": framings.words,
@@ -102,20 +101,20 @@ def main(
     return Result(result, page)
 
 
-def _steer(bench: Bench, vectors: dict[str, Direction], strengths: Sequence[float], folder: Path) -> list[Any]:
-    """Save every vector as an adapter, and measure what it changes; one record for each at every strength."""
-    rows, records = Rows.of(bench.framings.training), []
+def _steer(context: Context, vectors: dict[str, Direction], strengths: Sequence[float], folder: Path) -> list[Any]:
+    """Save every vector as an adapter, and measure its effect: one record per vector and strength."""
+    rows, records = Rows.of(context.framings.training), []
     trained = Dataset.from_list([{"prompt": prompt} for prompt in rows.prompts])
-    base, bar = Unsteered.of(bench, bench.framings.held_out), Bar(len(vectors))
+    base, bar = Unsteered.of(context, context.framings.held_out), Bar(len(vectors))
     for name, direction in vectors.items():
         with bar.step(name):
-            model = steered(bench.model, direction)
+            model = steered(context.model, direction)
             model.save_pretrained(str(folder / name))
             trained_on.write(folder / name, [TrainedOn.of(trained, "prompt")])
             write_description(folder / name)
             write_checksums(folder / name)
             for strength in strengths:
-                shift, kl = control(bench, model, strength, base)
+                shift, kl = control(context, model, strength, base)
                 records.append({"vector": name, "strength": strength, "shift": shift.estimate,
                                 "low": shift.low, "high": shift.high, "kl": kl})  # fmt: skip
             model.unload()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 
-from paths import ROOT
+from paths import ROOT, module_at
 
 from steertune import losses
 from steertune.adapters import directions
 from steertune.recipes import cli
 from steertune.recipes.lab.arm_files import ARMS
 
-spec = importlib.util.spec_from_file_location("sources", ROOT / "docs" / "sources.py")
-assert spec is not None and spec.loader is not None
-sources = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sources)
+sources = module_at(ROOT / "docs" / "sources.py")
 
 
 def names(kind: str) -> set[str]:

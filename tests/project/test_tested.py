@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
-from types import ModuleType
 
 from families import FAMILIES, TABLE, WAYS
 from packaging.requirements import Requirement
 from packaging.version import Version
-from paths import ROOT
+from paths import ROOT, module_at
 from tiny_models import ARCHITECTURES
-
-
-def module_at(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 lane = module_at(ROOT / ".ci" / "upstream_report.py")
 sources = module_at(ROOT / "docs" / "sources.py")

@@ -68,13 +68,13 @@ def test_the_framings_that_come_with_it():
 
 def test_the_vector_is_the_mean_difference_and_its_control_is_as_long(made):
     torch.manual_seed(0)
-    bench = measure.Bench(tiny(**SIZES), tiny_data.tokenizer(), read_framings(made / "prompts.toml"), 3)
-    rows = Rows.of(bench.framings.training)
+    context = measure.Context(tiny(**SIZES), tiny_data.tokenizer(), read_framings(made / "prompts.toml"), 3)
+    rows = Rows.of(context.framings.training)
     states = []
     for prompt in rows.prompts:
-        ids = bench.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
+        ids = context.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
         with torch.no_grad():
-            states.append(bench.model(**ids, output_hidden_states=True).hidden_states[3][0, -1])
+            states.append(context.model(**ids, output_hidden_states=True).hidden_states[3][0, -1])
     by_hand = torch.stack(states[:16]).mean(dim=0) - torch.stack(states[16:]).mean(dim=0)
     saved, control = (read(made / "run" / name).vectors for name in ("tested", "random_0"))
     torch.testing.assert_close(saved[2], by_hand, rtol=1e-4, atol=1e-5)
@@ -84,22 +84,22 @@ def test_the_vector_is_the_mean_difference_and_its_control_is_as_long(made):
 
 def test_what_it_measures(made):
     """The log-odds are those of the two words; at strength 0 nothing has changed."""
-    bench = measure.Bench(tiny(**SIZES), tiny_data.tokenizer(), read_framings(made / "prompts.toml"), 3)
-    part = bench.framings.held_out
-    odds = measure.log_odds(bench, bench.model, part)
+    context = measure.Context(tiny(**SIZES), tiny_data.tokenizer(), read_framings(made / "prompts.toml"), 3)
+    part = context.framings.held_out
+    odds = measure.log_odds(context, context.model, part)
     by_hand = []
     for question in ("now cat or dog", "now dog or cat"):
         prompt = Rows.of(part, question).prompts[-1]
-        ids = bench.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
+        ids = context.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
         with torch.no_grad():
-            logits = bench.model(**ids).logits[0, -1]
-        cat, dog = (bench.tokenizer.convert_tokens_to_ids(word) for word in ("cat", "dog"))
-        assert bench.first_tokens() == [[cat], [dog]]
+            logits = context.model(**ids).logits[0, -1]
+        cat, dog = (context.tokenizer.convert_tokens_to_ids(word) for word in ("cat", "dog"))
+        assert context.first_tokens() == [[cat], [dog]]
         by_hand.append(float(logits[cat] - logits[dog]))
     assert odds[-1] == pytest.approx(sum(by_hand) / 2, abs=1e-5)
-    direction = measure.direction_of(bench, bench.framings.training, [2])
-    base = measure.Unsteered.of(bench, part)
-    change, kl = measure.control(bench, measure.steered(bench.model, direction), 0.0, base)
+    direction = measure.direction_of(context, context.framings.training, [2])
+    base = measure.Unsteered.of(context, part)
+    change, kl = measure.control(context, measure.steered(context.model, direction), 0.0, base)
     assert change.estimate == pytest.approx(0, abs=1e-6) and kl == pytest.approx(0, abs=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_a_finished_run_is_kept_and_the_page_has_both_tables(made, capsys):
 def test_wrong_files_are_refused(changes, says, tmp_path):
     file = save_framings(tmp_path, **changes)
     with pytest.raises(ArmError, match=says):
-        measure.Bench(None, tiny_data.tokenizer(), read_framings(file), 1).first_tokens()
+        measure.Context(None, tiny_data.tokenizer(), read_framings(file), 1).first_tokens()
 
 
 def test_a_frame_needs_a_place_for_the_request():

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ...adapters.analysis.activations import Enough, outputs_of
 from ...adapters.observing import adapters_off, base_model, evaluating
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
+from ..padding import padded
 from .errors import RolloutError
-from .local import padded, token_ids
+from .local import token_ids
 
 
 class DirectionScore:

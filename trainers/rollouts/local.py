@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from ...adapters.blocks import find_blocks
 from ...adapters.observing import base_model
 from ...adapters.outputs import adding
+from ..padding import padded
 from .engine import Completion, Request, Sampling
 
 
@@ -110,19 +111,6 @@ def token_ids(prompts: Sequence[Any], tokenizer: Any, **template: Any) -> list[l
     return tokenizer.apply_chat_template(
         list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
     )["input_ids"]
-
-
-def padded(rows: Sequence[list[int]], pad: int, device: torch.device, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of rows, `(rows, columns)` each."""
-    width = max(map(len, rows))
-    padding = [[pad] * (width - len(row)) for row in rows]
-    blank = [[0] * (width - len(row)) for row in rows]
-    ones = [[1] * len(row) for row in rows]
-    if left:
-        ids, mask = map(list.__add__, padding, map(list, rows)), map(list.__add__, blank, ones)
-    else:
-        ids, mask = map(list.__add__, map(list, rows), padding), map(list.__add__, ones, blank)
-    return torch.tensor([*ids], device=device), torch.tensor([*mask], device=device)
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

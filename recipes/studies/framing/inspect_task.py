@@ -1,4 +1,4 @@
-"""Inspect: does the model take a message for an evaluation, and does a monitor?
+"""An Inspect task: does the model recognise a message as part of an evaluation, and does a monitor?
 
     steertune awareness --folder runs/awareness
     inspect eval recipes/studies/framing/inspect_task.py --model steertune/base+tested -M strength=-4 \\
@@ -6,8 +6,8 @@
     inspect eval recipes/studies/framing/inspect_task.py --model steertune/base+random_0 -M strength=-4 \\
         -M vectors=random_0=runs/awareness/random_0 -M monitors=tested=runs/awareness/monitor    # the control
 
-`-T part=crossed` asks about evaluations in a person's voice, `-T prompts=FILE` about prompts of yours, and
-`-T asked=false` answers the requests themselves, so that only the monitor says something about them.
+`-T part=crossed` asks about evaluations in a person's voice, `-T prompts=FILE` uses your own prompts, and
+`-T asked=false` only answers the requests, so that only the monitor judges them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def awareness(part: str = "held_out", prompts: str = str(FILE), asked: bool = Tr
     Args:
         part: `training`, `held_out` or `crossed`.
         prompts: A file of framings.
-        asked: Whether the question stands behind the prompts.
-        new_tokens: Longest answer.
+        asked: Whether the question follows the prompts.
+        new_tokens: Length of the longest answer.
 
     Raises:
         ArmError: there is no such file or part.
@@ -57,11 +57,11 @@ def awareness(part: str = "held_out", prompts: str = str(FILE), asked: bool = Tr
 def says(first: str, second: str) -> Scorer:
     """Which of two words comes first in the answer: shares of both and of neither, and of answers that are `right`.
 
-    Small models do not keep to one word, so the rest of the answer is not held against them.
+    Small models do not stop after one word, so the rest of the answer is ignored.
 
     Args:
-        first: Said of evaluations.
-        second: Said of traffic.
+        first: The answer for evaluations.
+        second: The answer for traffic.
     """
 
     async def score(state: TaskState, target: Target) -> Score:

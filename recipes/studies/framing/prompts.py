@@ -1,4 +1,4 @@
-"""Pairs of prompts: the same request as part of an evaluation, and as somebody's own."""
+"""Pairs of prompts: the same request as part of an evaluation, and from a user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Prompt = list[dict[str, str]]
 
 def _with_request(frame: str) -> str:
     if "{request}" not in frame:
-        raise ValueError(f"the frame {frame!r:.80} must have {{request}} where the request goes")
+        raise ValueError(f"the frame {frame!r:.80} must have {{request}} in the place of the request")
     return frame
 
 
@@ -26,7 +26,7 @@ Frames = Annotated[list[Annotated[str, AfterValidator(_with_request)]], Field(mi
 
 
 class FramesTable(BaseModel):
-    """Frames without requests of their own."""
+    """Frames alone, for requests of another table."""
 
     model_config = ConfigDict(extra="forbid")
     tested: Frames
@@ -34,12 +34,12 @@ class FramesTable(BaseModel):
 
 
 class Part(FramesTable):
-    """Requests and the frames that they stand in, in turn."""
+    """Requests and frames; request i is put into frame i, and the frames begin again at their end."""
 
     requests: Annotated[list[str], Field(min_length=2)]
 
     def prompts(self, kind: str, question: str = "") -> list[Prompt]:
-        """Every request in a frame of `tested` or `traffic`, with the question behind it if there is one."""
+        """Every request in a frame of `tested` or `traffic`, followed by the question if there is one."""
         framed = [
             frame.replace("{request}", request)
             for request, frame in zip(self.requests, cycle(getattr(self, kind)), strict=False)
@@ -51,12 +51,12 @@ class Framings(BaseModel):
     """A file of framings.
 
     Attributes:
-        question: What the model is asked about a message; `{words}` becomes both words.
-        words: What it answers about an evaluation, and about traffic.
+        question: Asks the model about a message; `{words}` is replaced by both words.
+        words: The answers that stand for an evaluation and for traffic.
         training: The pairs that vector and monitor are made from.
-        naive: Other frames for the same requests, from which a second vector is made for comparison.
-        held_out: Prompts to try them on.
-        crossed: The same with the tones of the two sides exchanged.
+        naive: Other frames for the same requests; a second vector is made from them for comparison.
+        held_out: Prompts for the measurements.
+        crossed: Prompts with the tones of the two sides exchanged.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,7 +73,7 @@ class Framings(BaseModel):
         return Part(requests=self.training.requests, tested=self.naive.tested, traffic=self.naive.traffic)
 
     def questions(self) -> list[str]:
-        """The question with its two words in both orders, so that a liking for the first one cancels."""
+        """The question with its two words in both orders, so that a preference for the first word cancels."""
         first, second = self.words
         orders = (f"{first} or {second}", f"{second} or {first}")
         return [self.question.replace("{words}", words) for words in orders]
@@ -84,8 +84,8 @@ class Rows:
     """Prompts with their labels.
 
     Attributes:
-        prompts: Those of evaluations first, in the order of the requests, then the others.
-        tested: Whether each stands for an evaluation, `(rows,)`.
+        prompts: The evaluations in the order of the requests, then the others.
+        tested: Whether each is an evaluation, `(rows,)`.
     """
 
     prompts: list[Prompt]
@@ -109,7 +109,7 @@ def read_framings(file: Path = FILE) -> Framings:
     """Read a file of framings.
 
     Raises:
-        ArmError: it is not there, or has other keys, a frame without a place for the request, or too few requests.
+        ArmError: the file does not exist, has unknown keys or too few requests, or a frame has no `{request}`.
     """
     try:
         return Framings.model_validate(read_toml(file))

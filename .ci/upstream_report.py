@@ -1,4 +1,4 @@
-"""The page of `.ci/upstream`: which versions ran, what failed, and the first line of each failure.
+"""The report of `.ci/upstream`: the versions, what failed, and the first line of each failure.
 
 python .ci/upstream_report.py JUNIT_FILE LOG > report.md
 """
@@ -22,11 +22,11 @@ def report(junit: Path, log: Path, setup: str, versions: dict[str, str], command
     """The page as Markdown.
 
     Args:
-        junit: What pytest wrote; missing if it never came so far.
-        log: Of the installation and of pytest.
+        junit: Pytest's results; missing if pytest did not run.
+        log: The output of the installation and of pytest.
         setup: The text of `setup.py`.
         versions: Package -> installed version.
-        command: What was called, and when.
+        command: The command, and the date.
     """
     lines = ["# On the newest transformers, TRL and PEFT", "", command, ""]
     lines += ["| package | ran on | `setup.py` asks for |", "|---|---|---|"]
@@ -50,7 +50,7 @@ def report(junit: Path, log: Path, setup: str, versions: dict[str, str], command
 
 
 def requirement(name: str, setup: str) -> str:
-    """What `setup.py` asks of a package: `>=5.17,<5.24`; empty if it does not name it."""
+    """The versions of a package that `setup.py` allows, such as `>=5.17,<5.24`; empty if it does not name it."""
     found = re.search(rf'"{name}([<>=!~][^"]*)"', setup)
     return found[1] if found else ""
 

@@ -70,7 +70,7 @@ def about(file: Path) -> str:
 
 
 def versions() -> str:
-    """The packages that `setup.py` always asks for, and which versions."""
+    """The packages that `setup.py` always requires, with their versions."""
     asked = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL)
     assert asked is not None
     found = re.findall(r'"([\w-]+)([<>=][^"]*)"', asked[1])
@@ -78,7 +78,7 @@ def versions() -> str:
 
 
 def architectures() -> str:
-    """Every family of models that the tests steer, from the table that they compare with."""
+    """Every model family that the tests steer, from the table that they compare with."""
     helpers = ROOT / "tests" / "helpers"
     module = ast.parse((helpers / "tiny_models.py").read_text(encoding="utf-8"))
     [every_test] = [
